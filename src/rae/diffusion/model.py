@@ -1,0 +1,135 @@
+"""A diffusion model as people keep it: the network, its flow, and the latent space and classes it was trained on."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import pydantic
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rae.config import Config, read_json
+from rae.diffusion.dit import DiTConfig, DiTDHConfig, build
+from rae.diffusion.flow import Flow
+
+
+class DiffusionModelConfig(Config):
+    """The `config.json` of a saved model.
+
+    Attributes:
+        network: a DiT or DiT-DH, told apart by its `kind`.
+        flow: prediction, training times, shift.
+        latent_identity: checksum of the latent space it was trained in (`RAE.latent_identity`); None if unknown.
+        class_names: one per class, or None.
+    """
+
+    network: Annotated[DiTConfig | DiTDHConfig, pydantic.Field(discriminator="kind")]
+    flow: Flow
+    latent_identity: str | None = None
+    class_names: tuple[str, ...] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self):
+        names, classes = self.class_names, self.network.num_classes
+        if names is not None and len(names) != classes:
+            raise ValueError(f"{len(names)} class names for {classes} classes; give one each, or none.")
+        return self
+
+
+class DiffusionModel(nn.Module):
+    """Velocity of the latents: `model(x, t, y) -> v`, whatever its network predicts.
+
+    Args:
+        config: what is saved beside the weights.
+        dtype: of the network's matrix products, float32 or bfloat16; parameters stay float32.
+    """
+
+    def __init__(self, config: DiffusionModelConfig, *, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.network = build(config.network)
+
+    @property
+    def flow(self) -> Flow:
+        return self.config.flow
+
+    @property
+    def null_label(self) -> int:
+        return self.network.null_label
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return (self.config.network.in_channels, *self.config.network.grid)
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.position.device
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Velocity at noisy latents x [B,C,h,w], shifted times t [B], labels y [B] (`null_label` for none)."""
+        return self.flow.velocity(self.predict)(x, t, y)
+
+    def predict(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The network's own output, in the flow's `prediction`: what `Flow.loss` is about."""
+        return self.network(x, t, y, dtype=self.dtype)
+
+    def label_indices(self, labels: Sequence[int] | Sequence[str]) -> Tensor:
+        """Class names or indices -> indices [B]; an unknown one is an error that names the nearest."""
+        names, classes = self.config.class_names, self.config.network.num_classes
+        found = []
+        for label in labels:
+            if isinstance(label, str):
+                if names is None:
+                    raise ValueError(f"class {label!r}: this model has no class names; give indices 0..{classes - 1}.")
+                if label not in names:
+                    near = difflib.get_close_matches(label, names, n=1)
+                    hint = f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(names[:10])}."
+                    raise ValueError(f"class {label!r} is not among the {classes} of this model; {hint}")
+                label = names.index(label)
+            if not 0 <= label < classes:
+                raise ValueError(f"class {label}: this model has {classes} classes, 0..{classes - 1}.")
+            found.append(int(label))
+        return torch.tensor(found, dtype=torch.int64)
+
+    def check_autoencoder(self, rae) -> None:
+        """Raise ValueError unless `rae` has the latent space that this model was trained in."""
+        if rae.latent_shape != self.latent_shape:
+            raise ValueError(
+                f"the autoencoder's latents are {rae.latent_shape}, the model wants {self.latent_shape} (C, h, w)."
+            )
+        identity = self.config.latent_identity
+        if identity is not None and rae.latent_identity != identity:
+            raise ValueError(
+                f"the diffusion model was trained in latent space {identity[:12]}, this autoencoder's is "
+                f"{rae.latent_identity[:12]}: another encoder, image size or other latent statistics. Use the "
+                "autoencoder it was trained with; only the decoder may differ."
+            )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.network.state_dict(), folder / "model.safetensors")
+        (folder / "config.json").write_text(self.config.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> "DiffusionModel":
+        """Load what `save_pretrained` wrote. A run folder of `rae train-dit` stands for its newest checkpoint.
+
+        Raises:
+            ConfigError: not such a folder.
+            ValueError: weights that are damaged or do not fit the configuration.
+        """
+        folder = Path(folder)
+        if (folder / "latest").is_file():
+            folder = folder / "checkpoints" / (folder / "latest").read_text().strip() / "model"
+        model = cls(read_json(DiffusionModelConfig, folder / "config.json"), dtype=dtype)
+        try:
+            model.network.load_state_dict(load_file(folder / "model.safetensors"))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{folder / 'model.safetensors'} cannot be loaded: {error}") from error
+        return model.requires_grad_(False)
