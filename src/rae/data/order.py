@@ -1,0 +1,69 @@
+"""The order of the images: a position in the stream decides image, crop, flip and noise, so nothing random is stored.
+
+A run reads one endless stream. Position p belongs to epoch p // n and is image `permutation(seed, epoch)[p % n]`;
+batches span epochs and nothing is dropped. Every draw that concerns position p is a function of (seed, p): a resumed
+run needs its number of images seen and nothing else, and neither the batch size nor the number of processes changes
+what is drawn for an image.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+_ORDER, _VIEW, _NOISE = range(3)  # independent families of draws under one seed
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """Permutation of range(n): ranks of the raw 64-bit output of PCG64, which NumPy promises never to change."""
+    bits = np.random.PCG64(np.random.SeedSequence((_ORDER, seed, epoch))).random_raw(n)
+    order = np.argsort(bits, kind="stable")
+    order.flags.writeable = False  # the cache hands out one array
+    return order
+
+
+def image_index(position: int, n: int, seed: int) -> int:
+    """Index in [0, n) of the image at `position` of the stream."""
+    epoch, within = divmod(position, n)
+    return int(epoch_order(seed, epoch, n)[within])
+
+
+def view_draws(position: int, seed: int) -> np.ndarray:
+    """Three draws from U[0, 1) that place the crop (row, column) and decide the flip of one position."""
+    return np.random.default_rng((_VIEW, seed, position)).random(3)
+
+
+def noise_draws(positions: Sequence[int], seed: int, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The noise of a training step, each position of the stream from its own generator.
+
+    Args:
+        positions: B positions of the stream.
+        seed: of the run.
+        shape: of one image's normal noise.
+
+    Returns:
+        Normals [B, *shape] and uniforms in [0, 1) [B, 2], float32 on the CPU, the same bits for any device to use.
+    """
+    normals = torch.empty(len(positions), *shape)
+    uniforms = torch.empty(len(positions), 2)
+    for row, position in enumerate(positions):
+        (key,) = np.random.SeedSequence((_NOISE, seed, position)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(key))
+        normals[row].normal_(generator=generator)
+        uniforms[row].uniform_(generator=generator)
+    return normals, uniforms
+
+
+def batch_positions(seen: int, total: int, batch: int, *, rank: int = 0, world: int = 1) -> Iterator[range]:
+    """Positions that process `rank` of `world` takes of each coming batch: contiguous slices of the global batch.
+
+    Args:
+        seen: images already seen, where the next batch starts.
+        total: where the stream ends, a whole number of batches.
+        batch: images in the global batch, divisible by `world`.
+    """
+    local = batch // world
+    for start in range(seen + rank * local, total, batch):
+        yield range(start, start + local)

@@ -1,0 +1,247 @@
+"""Images: ADM's crop bit for bit, an exact order, views that depend on (seed, position) alone, clear errors."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rae.config import ConfigError, load_recipe
+from rae.data.images import (
+    DataConfig,
+    ImageError,
+    Stream,
+    Views,
+    center_crop,
+    loader,
+    open_images,
+    open_split,
+    random_crop,
+    read_image,
+    to_bytes,
+    to_unit,
+)
+from rae.data.order import batch_positions, epoch_order, image_index, noise_draws, view_draws
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes, three and two images of 40 x 56 pixels, one of them in a folder below its class."""
+    for seed, name in enumerate(["b/0.png", "b/deep/1.PNG", "b/2.jpg", "a/0.png", "a/1.webp"]):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(40, 56, seed)).save(tmp_path / name)
+    (tmp_path / "b/notes.txt").write_text("not an image by name")
+    (tmp_path / "b/.hidden.png").write_text("nor this")
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+# --- sources
+
+
+def test_class_folders_in_sorted_order(folder):
+    images = open_images(folder)
+    assert [Path(name).relative_to(folder).as_posix() for name in images.names] == [
+        "a/0.png",
+        "a/1.webp",
+        "b/0.png",
+        "b/2.jpg",
+        "b/deep/1.PNG",
+    ]
+    assert list(images.labels) == [0, 0, 1, 1, 1]
+    assert images.class_names == ["a", "b"]
+    image, label = images[2]
+    assert label == 1
+    np.testing.assert_array_equal(image, picture(40, 56, 0))
+
+
+def test_flat_folder_has_no_classes_and_identity_follows_the_files(folder):
+    flat = open_images(folder / "a")
+    assert flat.class_names is None
+    assert list(flat.labels) == [0, 0]
+    before = open_images(folder).identity
+    assert open_images(folder).identity == before
+    Image.fromarray(picture(9, 9)).save(folder / "a/2.png")
+    assert open_images(folder).identity != before
+
+
+def test_bundled_sets():
+    digits = open_images("digits")
+    image, label = digits[7]
+    assert (len(digits), digits.class_names[label], image.shape, image.dtype) == (1797, "7", (8, 8, 3), np.uint8)
+    assert (image[..., 0] == image[..., 2]).all()
+    assert max(digits[i][0].max() for i in range(50)) == 255
+    photographs = open_images("photographs")
+    assert all(min(photographs[i][0].shape[:2]) >= 256 for i in range(len(photographs)))
+
+
+def test_held_out_part_is_apart_and_complete():
+    train, held_out = open_split(DataConfig(source="digits", held_out=0.2))
+    assert (len(train), len(held_out)) == (1438, 359)
+    assert sorted([*train.names, *held_out.names]) == sorted(open_images("digits").names)
+    assert train.identity != held_out.identity
+    np.testing.assert_array_equal(
+        train[5][0], open_images("digits")[int(train.names[5].removeprefix("digits[").rstrip("]"))][0]
+    )
+    with pytest.raises(ImageError, match="leaves 0 held out"):
+        open_split(DataConfig(source="digits", held_out=1e-5))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: root / "nowhere", "no such folder"),
+        (lambda root: root / "empty", "holds no images"),
+        (lambda root: root, "3 images and also 1 folders"),
+    ],
+)
+def test_unusable_folders(tmp_path, make, message):
+    (tmp_path / "empty").mkdir()
+    for name in ("0.png", "1.png", "2.png", "sub/3.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(picture(8, 8)).save(tmp_path / name)
+    with pytest.raises(ImageError, match=message):
+        open_images(make(tmp_path))
+
+
+# --- crops
+
+
+def test_center_crop_keeps_what_needs_no_resize():
+    image = picture(32, 50)
+    np.testing.assert_array_equal(center_crop(image, (32, 32)), image[:, 9:41])
+    halves = image.repeat(2, axis=0).repeat(2, axis=1)  # 64 x 100: one box step back to 32 x 50
+    np.testing.assert_array_equal(center_crop(halves, (32, 32)), image[:, 9:41])
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 40), (40, 24)])
+@pytest.mark.parametrize("shape", [(31, 33), (71, 53), (37, 91), (129, 201)])
+def test_crops_have_the_size_asked_for(shape, size):
+    image = picture(*shape)
+    assert center_crop(image, size).shape == (*size, 3)
+    for draws in [(0, 0), (0.999999, 0.999999)]:
+        assert random_crop(image, size, draws).shape == (*size, 3)
+
+
+def test_random_crop_reaches_every_place_of_the_enlarged_image():
+    image = picture(12, 12)
+    whole = np.asarray(Image.fromarray(image))  # 12 = 1.5 x 8, so nothing is resized
+    tiles = {random_crop(image, (8, 8), (r / 5, c / 5)).tobytes(): (r, c) for r in range(5) for c in range(5)}
+    assert tiles == {whole[r : r + 8, c : c + 8].tobytes(): (r, c) for r in range(5) for c in range(5)}
+
+
+# --- the stream
+
+
+@pytest.mark.parametrize("n", [1, 7, 100])
+def test_every_epoch_holds_every_image_once_in_its_own_order(n):
+    epochs = [[image_index(p, n, seed=3) for p in range(e * n, (e + 1) * n)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    assert n < 7 or len({tuple(epoch) for epoch in epochs}) == 3
+    assert n < 7 or list(epoch_order(4, 0, n)) != epochs[0]
+
+
+def test_batches_of_all_processes_tile_the_stream():
+    ranks = [list(batch_positions(24, 96, 12, rank=rank, world=3)) for rank in range(3)]
+    positions = [p for batch in zip(*ranks) for part in batch for p in part]
+    assert positions == list(range(24, 96))
+    assert list(batch_positions(60, 96, 12, rank=1, world=3)) == ranks[1][3:]  # resumed
+
+
+def test_noise_of_an_image_does_not_depend_on_its_batch():
+    normals, uniforms = noise_draws(range(10), seed=0, shape=(3, 5))
+    for position in range(10):
+        one = noise_draws([position], seed=0, shape=(3, 5))
+        assert torch.equal(one[0][0], normals[position])
+        assert torch.equal(one[1][0], uniforms[position])
+    assert not torch.equal(noise_draws(range(10), seed=1, shape=(3, 5))[0], normals)
+    many, _ = noise_draws(range(4000), seed=0, shape=(4,))
+    assert abs(many.mean()) < 5 / 4000**0.5
+    assert abs((many[1:] * many[:-1]).mean()) < 5 / 4000**0.5  # neighbours are independent
+    assert abs(np.mean([view_draws(p, 0) for p in range(4000)]) - 0.5) < 5 * 12**-0.5 / 12000**0.5
+
+
+def test_stream_yields_the_same_with_and_without_workers(folder):
+    images = open_images(folder)
+    config = DataConfig(source=str(folder), crop="random", flip=True)
+    stream = Stream(images, config, (24, 24), seed=1)
+    alone = [stream[p] for p in range(12)]
+    batches = list(loader(stream, list(batch_positions(0, 12, 4)), config.model_copy(update={"workers": 2})))
+    assert torch.equal(torch.cat([b["image"] for b in batches]), torch.stack([item["image"] for item in alone]))
+    assert torch.cat([b["label"] for b in batches]).tolist() == [images.labels[item["index"]] for item in alone]
+    assert torch.cat([b["position"] for b in batches]).tolist() == list(range(12))
+
+
+def test_flip_mirrors_about_half(folder):
+    config = DataConfig(source=str(folder), flip=True)
+    flipped = Stream(open_images(folder), config, (40, 40), seed=0)
+    plain = Stream(open_images(folder), config.model_copy(update={"flip": False}), (40, 40), seed=0)
+    mirrored = [not torch.equal(flipped[p]["image"], plain[p]["image"]) for p in range(200)]
+    assert all(torch.equal(flipped[p]["image"], plain[p]["image"].flip(-1)) for p in range(200) if mirrored[p])
+    assert 70 < sum(mirrored) < 130
+
+
+def test_bytes_and_floats_are_inverse():
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_bytes(to_unit(levels)), levels)
+    assert to_bytes(torch.tensor([-0.5, 1.5])).tolist() == [0, 255]
+
+
+# --- bad input
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+def test_broken_image_is_named(folder):
+    truncate(folder / "b/2.jpg")
+    stream = Stream(open_images(folder), DataConfig(source=str(folder)), (24, 24), seed=0)
+    with pytest.raises(ImageError, match=r"b/2\.jpg: cannot be decoded \(.*truncated.*data\.on_broken: skip"):
+        [stream[p] for p in range(5)]
+
+
+def test_broken_image_is_replaced_by_the_next_one_every_time(folder):
+    truncate(folder / "b/2.jpg")
+    config = DataConfig(source=str(folder), on_broken="skip")
+    views = Views(open_images(folder), config, (24, 24))
+    assert [views[i]["index"] for i in range(5)] == [0, 1, 2, 4, 4]
+    assert torch.equal(views[3]["image"], views[4]["image"])
+    for path in [p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".webp") and p.name[0] != "."]:
+        path.write_bytes(b"nothing")
+    with pytest.raises(ImageError, match="none of the 5 images"):
+        views[0]
+
+
+def test_small_images_are_enlarged_only_when_asked(folder):
+    config = DataConfig(source=str(folder))
+    with pytest.raises(ImageError, match=r"a/0\.png is 40 x 56 pixels .* than the 64 x 48 .* data\.enlarge: true"):
+        Views(open_images(folder), config, (64, 48))[0]
+    enlarged = Views(open_images(folder), config.model_copy(update={"enlarge": True}), (64, 48))[0]["image"]
+    assert enlarged.shape == (3, 64, 48)
+
+
+def test_files_that_are_not_8_bit_colour(tmp_path):
+    Image.fromarray(np.zeros((8, 8), dtype=np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(ImageError, match="more than 8 bits"):
+        read_image(tmp_path / "deep.png")
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "grey.png")
+    assert (read_image(tmp_path / "grey.png") == np.arange(64, dtype=np.uint8).reshape(8, 8, 1)).all()
+
+
+def test_camera_orientation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    Image.fromarray(picture(10, 20)).save(tmp_path / "side.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "side.png"), np.rot90(picture(10, 20), -1))
+
+
+def test_misspelt_key_names_the_nearest(tmp_path):
+    (tmp_path / "r.yaml").write_text("source: digits\nheldout: 0.1\n")
+    with pytest.raises(ConfigError, match="did you mean 'held_out'"):
+        load_recipe(DataConfig, tmp_path / "r.yaml")
