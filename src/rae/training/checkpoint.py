@@ -1,0 +1,222 @@
+"""Checkpoints that are whole or not there: written aside, fsynced, checksummed, renamed.
+
+runs/x/
+    latest                      name of the newest checkpoint
+    checkpoints/000012800/      images seen
+        model/                  the EMA model, in the form of `save_pretrained`
+        train/                  online weights and optimiser (safetensors), state.json
+        manifest.json           size and sha256 of every file
+
+A folder without the prefix `.tmp-` is complete, because the rename is the last thing that happens to it. A process may
+be killed at any instruction; the next start goes on from the newest folder.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+# What one step leaves behind for every parameter; more or less than this in a file is an error.
+_STATE = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or used; the message names the file and what to do."""
+
+
+def save_checkpoint(run: Path, images: int, write: Callable[[Path], None], keep: int) -> Path:
+    """Write one checkpoint, make it the latest, and remove all but the `keep` newest.
+
+    Args:
+        run: the run's folder.
+        images: images seen, which names the checkpoint.
+        write: puts its files into the folder that it is given.
+        keep: at least 1.
+
+    Raises:
+        CheckpointError: the disk is full or failed. The checkpoints before this one are untouched.
+    """
+    parent = run / "checkpoints"
+    aside, final = parent / f".tmp-{images:09d}", parent / f"{images:09d}"
+    try:
+        _remove(aside)
+        aside.mkdir(parents=True)
+        write(aside)
+        (aside / "manifest.json").write_text(json.dumps(_manifest(aside), indent=1))
+        for path in (*aside.rglob("*"), aside):
+            _fsync(path)
+        os.rename(aside, final)
+        _fsync(parent)
+        _point(run, final.name)
+        for old in checkpoints(run)[:-keep]:
+            _remove(old)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        kept = checkpoints(run)
+        last = f"The last good checkpoint is {kept[-1]}" if kept else "There is no earlier checkpoint"
+        free = shutil.disk_usage(run).free / 2**20
+        raise CheckpointError(
+            f"checkpoint {final} could not be written: {error}. {free:.0f} MiB are free. {last}. "
+            "Make room and run the same command again."
+        ) from error
+    return final
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint, every file checked against its manifest; None in a new run.
+
+    Raises:
+        CheckpointError: it is damaged. No older one is taken in its place without being asked for.
+    """
+    for path in (run / "checkpoints").glob(".tmp-*"):
+        _remove(path)
+    found = checkpoints(run)
+    if not found:
+        return None
+    damage = find_damage(found[-1])
+    if damage:
+        intact = next((path for path in reversed(found[:-1]) if not find_damage(path)), None)
+        remedy = f"to go on from {intact.name}, which is intact" if intact else "to start anew; no older one is intact"
+        raise CheckpointError(f"{damage}\nRemove the damaged checkpoint {remedy}: rm -r {found[-1]}")
+    _point(run, found[-1].name)  # a run killed between rename and pointer
+    return found[-1]
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """All complete checkpoints of a run, oldest first."""
+    return sorted((path for path in (run / "checkpoints").glob("[0-9]*")), key=lambda path: int(path.name))
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, file by file; None if it is as it was written."""
+    try:
+        wanted = json.loads((checkpoint / "manifest.json").read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{checkpoint / 'manifest.json'} cannot be read ({error})."
+    found = _manifest(checkpoint)["files"]
+    wrong = [
+        f"{checkpoint / name} is {state}."
+        for name in sorted(wanted.keys() | found.keys())
+        if (state := _compare(wanted.get(name), found.get(name)))
+    ]
+    return "\n".join(wrong) or None
+
+
+def save_training_state(
+    folder: Path, model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer], state: dict[str, Any]
+) -> None:
+    """Write online weights, optimiser and the loop's own `state` (JSON) into `folder`."""
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "weights.safetensors")
+    save_file(_optimizer_tensors(optimizers), folder / "optimizer.safetensors")
+    (folder / "state.json").write_text(json.dumps(state, indent=1))
+
+
+def load_training_state(
+    folder: Path, model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]
+) -> dict[str, Any]:
+    """Inverse of `save_training_state`, strict both ways; returns `state`."""
+    load_weights(model, folder / "weights.safetensors")
+    tensors = load_file(folder / "optimizer.safetensors")
+    for optimizer in optimizers:
+        _load_optimizer(optimizer, tensors, folder)
+    if tensors:
+        raise CheckpointError(f"{folder}: optimiser state of unknown parameters: {', '.join(sorted(tensors)[:5])}.")
+    return json.loads((folder / "state.json").read_text())
+
+
+def load_weights(model: torch.nn.Module, path: Path) -> None:
+    """Load a safetensors file into a module: no key may be missing, be left over or have another shape."""
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not fit the model: {error}") from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _optimizer_tensors(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+    """`exp_avg/blocks.0.qkv.weight` and so on, for every parameter."""
+    tensors = {}
+    for optimizer in optimizers:
+        for name, parameter in _named(optimizer):
+            state = optimizer.state[parameter]
+            if not state:
+                raise CheckpointError(f"parameter {name} has never received a gradient; its state cannot be saved.")
+            tensors |= {f"{key}/{name}": value for key, value in state.items()}
+    return tensors
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Take the state of this optimiser's parameters out of `tensors`."""
+    keys = _STATE[type(optimizer).__name__]
+    wanted = {f"{key}/{name}" for key in keys for name, _ in _named(optimizer)}
+    if missing := sorted(wanted - tensors.keys()):
+        raise CheckpointError(f"{folder}: no optimiser state for {', '.join(missing[:5])}.")
+    states = [{key: tensors.pop(f"{key}/{name}") for key in keys} for name, _ in _named(optimizer)]
+    for (name, parameter), state in zip(_named(optimizer), states):
+        for key, value in state.items():
+            if key != "step" and value.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{folder}: {key}/{name} is {list(value.shape)}, the parameter {list(parameter.shape)}."
+                )
+    # The groups (learning rate, betas) come from the recipe, the state from the file.
+    optimizer.load_state_dict(
+        {"state": dict(enumerate(states)), "param_groups": optimizer.state_dict()["param_groups"]}
+    )
+
+
+def _named(optimizer: torch.optim.Optimizer) -> Iterable[tuple[str, torch.nn.Parameter]]:
+    for group in optimizer.param_groups:
+        yield from zip(group["param_names"], group["params"])
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / "manifest.json")
+    return {"files": {path.relative_to(folder).as_posix(): _fingerprint(path) for path in paths}}
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _compare(wanted: dict[str, Any] | None, found: dict[str, Any] | None) -> str | None:
+    if found is None:
+        return "missing"
+    if wanted is None:
+        return "not part of the checkpoint"
+    if wanted["bytes"] != found["bytes"]:
+        return f"damaged: {found['bytes']} bytes instead of {wanted['bytes']}"
+    return None if wanted == found else "damaged: its sha256 is not the one written"
+
+
+def _point(run: Path, name: str) -> None:
+    aside = run / ".tmp-latest"
+    aside.write_text(name + "\n")
+    _fsync(aside)
+    os.replace(aside, run / "latest")
+    _fsync(run)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder so that a kill halfway never leaves a half one under its own name."""
+    if folder.exists():
+        doomed = folder if folder.name.startswith(".tmp-") else folder.rename(folder.with_name(f".tmp-{folder.name}"))
+        shutil.rmtree(doomed)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,157 @@
+"""Checkpoints: exact round trips, damage named, nothing half-written ever taken for whole."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from rae.training.checkpoint import (
+    CheckpointError,
+    checkpoints,
+    find_damage,
+    load_training_state,
+    newest_checkpoint,
+    save_checkpoint,
+    save_training_state,
+)
+from rae.training.optim import OptimConfig, build_optimizers, parameter_groups
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width)])
+        self.head = nn.Linear(width, 1)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        return self.head(x)
+
+
+def make(name: str = "muon", width: int = 8, seed: int = 0):
+    torch.manual_seed(seed)
+    model = Net(width)
+    return model, build_optimizers(OptimConfig(name=name, lr=0.01, ema=0.9), parameter_groups(model))
+
+
+def train(model, optimizers, steps: int) -> None:
+    for step in range(steps):
+        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
+        model.zero_grad()
+        (model(x) - x.sum(1, keepdim=True)).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def save(run: Path, images: int, model, optimizers, keep: int = 2) -> Path:
+    def write(folder: Path) -> None:
+        save_training_state(folder / "train", model, optimizers, {"images": images})
+
+    return save_checkpoint(run, images, write, keep)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_training_goes_on_from_a_checkpoint_bit_for_bit(tmp_path, name):
+    model, optimizers = make(name)
+    train(model, optimizers, 3)
+    folder = save(tmp_path, 3, model, optimizers)
+    train(model, optimizers, 4)
+    resumed, resumed_optimizers = make(name, seed=1)
+    assert load_training_state(folder / "train", resumed, resumed_optimizers) == {"images": 3}
+    train(resumed, resumed_optimizers, 4)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters()))
+
+
+def test_newest_is_found_and_old_ones_go(tmp_path):
+    model, optimizers = make()
+    train(model, optimizers, 1)
+    assert newest_checkpoint(tmp_path) is None
+    for images in (900, 1000, 1100):
+        save(tmp_path, images, model, optimizers)
+    assert [path.name for path in checkpoints(tmp_path)] == ["000001000", "000001100"]
+    assert (tmp_path / "latest").read_text() == "000001100\n"
+    (tmp_path / "latest").unlink()  # killed between the rename and the pointer
+    (tmp_path / "checkpoints/.tmp-000001200/train").mkdir(parents=True)  # killed while writing
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints/000001100"
+    assert (tmp_path / "latest").read_text() == "000001100\n"
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip_a_bit, "weights.safetensors is damaged: its sha256 is not the one written"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "weights.safetensors is damaged: .* bytes instead of"),
+        (lambda path: path.unlink(), "weights.safetensors is missing"),
+    ],
+)
+def test_damage_is_named_and_never_passed_over(tmp_path, damage, message):
+    model, optimizers = make()
+    train(model, optimizers, 1)
+    older, newer = (save(tmp_path, images, model, optimizers) for images in (1, 2))
+    assert find_damage(newer) is None
+    damage(newer / "train/weights.safetensors")
+    with pytest.raises(CheckpointError, match=f"{message}[^$]*go on from 000000001, which is intact: rm -r {newer}"):
+        newest_checkpoint(tmp_path)
+    flip_a_bit(older / "train/optimizer.safetensors")
+    with pytest.raises(CheckpointError, match="no older one is intact"):
+        newest_checkpoint(tmp_path)
+
+
+def test_full_disk_leaves_the_last_checkpoint(tmp_path):
+    model, optimizers = make()
+    train(model, optimizers, 1)
+    good = save(tmp_path, 1, model, optimizers)
+
+    def write(folder: Path) -> None:
+        (folder / "model.safetensors").symlink_to("/dev/full")  # a device on which every write meets a full disk
+        (folder / "model.safetensors").write_bytes(b"0" * 100_000)
+
+    with pytest.raises(CheckpointError, match=rf"No space left on device.*last good checkpoint is {good}\. Make room"):
+        save_checkpoint(tmp_path, 2, write, keep=1)
+    assert newest_checkpoint(tmp_path) == good
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [good.name]
+
+
+def test_state_of_another_model_or_optimizer_is_refused(tmp_path):
+    model, optimizers = make("adamw")
+    train(model, optimizers, 1)
+    folder = save(tmp_path, 1, model, optimizers) / "train"
+    with pytest.raises(CheckpointError, match="does not fit the model"):
+        load_training_state(folder, *make("adamw", width=12))
+    with pytest.raises(CheckpointError, match=r"no optimiser state for momentum_buffer/blocks\.0\.weight"):
+        load_training_state(folder, *make("muon"))
+    tensors = load_file(folder / "optimizer.safetensors")
+    save_file(tensors | {"exp_avg/extra": torch.zeros(1)}, folder / "optimizer.safetensors")
+    with pytest.raises(CheckpointError, match="unknown parameters: exp_avg/extra"):
+        load_training_state(folder, *make("adamw"))
+    save_file(tensors | {"exp_avg/head.weight": torch.zeros(1, 4)}, folder / "optimizer.safetensors")
+    with pytest.raises(CheckpointError, match=r"exp_avg/head\.weight is \[1, 4\], the parameter \[1, 8\]"):
+        load_training_state(folder, *make("adamw"))
+
+
+def test_a_parameter_without_gradients_is_named(tmp_path):
+    model, optimizers = make("adamw")
+    model.extra = nn.Parameter(torch.zeros(1))
+    optimizers = build_optimizers(OptimConfig(lr=0.01, ema=0.9), parameter_groups(model))
+    train(model, optimizers, 1)
+    with pytest.raises(CheckpointError, match="parameter extra has never received a gradient"):
+        save(tmp_path, 1, model, optimizers)
+
+
+def test_manifest_lists_every_file(tmp_path):
+    model, optimizers = make()
+    train(model, optimizers, 1)
+    folder = save(tmp_path, 1, model, optimizers)
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    assert set(files) == {"train/weights.safetensors", "train/optimizer.safetensors", "train/state.json"}
