@@ -1,0 +1,421 @@
+"""One function per kind of reference case: the case's inputs -> our results, by the names of its expected outputs.
+
+They call what a user would call, and read weights through `official.py`. `verify.py` measures the results.
+"""
+
+import json
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rae.autoencoder.decoder import position_table
+from rae.autoencoder.encoders import Encoder, load_encoder
+from rae.autoencoder.latents import LatentStats, add_noise, draw_sigma, standardise, tokens_to_map
+from rae.data.images import center_crop
+from rae.diffusion.dit import rotary_angles, sincos_table
+from rae.diffusion.flow import Flow, interpolate, shift_factor
+from rae.diffusion.guidance import CFG, AutoGuidance, drop_labels
+from rae.diffusion.model import DiffusionModel
+from rae.diffusion.sampling import dopri5, euler, euler_maruyama, heun, heun_sde, last_step, time_grid
+from rae.evaluation.frechet import Moments, frechet_distance
+from rae.evaluation.reconstruction import psnr
+from rae.interop.official import convert_decoder, convert_stage2, running_statistics
+from rae.training.optim import OptimConfig, build_optimizers, lr_factor, make_ema, set_lr, update_ema
+
+Results = dict[str, Tensor]
+UNSHIFTED = Flow(shift=1.0)  # for cases about the network alone
+
+
+class NotBuilt(NotImplementedError):
+    """A case about a part of the project that does not exist yet."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A case as read from its folder; `hyper` is the "hyperparameters" of case.json."""
+
+    kind: str
+    folder: Path
+    hyper: dict
+    inputs: dict[str, Tensor]
+    expected: dict[str, Tensor]
+    tolerance: dict
+
+
+def find_case(kind: str) -> Callable[[Case], Results]:
+    """The function for a kind of case. Variants carry a suffix: "ditdh_qknorm" is a "ditdh".
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    fitting = [known for known in CASES if kind == known or kind.startswith(f"{known}_")]
+    if not fitting:
+        raise ValueError(f"unknown case {kind!r}; known are {', '.join(CASES)}, and variants of them (dit_...).")
+    return CASES[max(fitting, key=len)]
+
+
+# --- autoencoder ------------------------------------------------------------------------------------------------------
+
+
+def encoder(case: Case) -> Results:
+    mean, var = case.inputs["latent_mean"], case.inputs["latent_var"]
+    results = {}
+    for suffix in ("", "_same_size"):
+        images = case.inputs[f"images{suffix}"]
+        model = _encoder(case, images)
+        tokens = model(images)
+        latents = tokens_to_map(tokens, model.grid)
+        results |= {
+            f"model_input{suffix}": model.preprocess(images),
+            f"tokens{suffix}": tokens,
+            f"latents_unnormalized{suffix}": latents,
+            f"latents{suffix}": standardise(latents, mean, var),
+        }
+    return results
+
+
+def encode_noised(case: Case) -> Results:
+    images, normal = case.inputs["images"], case.inputs["normal_draw"]
+    model = _encoder(case, images)
+    tokens = model(images)
+    sigma = draw_sigma("uniform", case.hyper["noise_tau"], case.inputs["uniform_draw"].flatten())
+    noised = tokens_to_map(add_noise(tokens, sigma, normal), model.grid)
+    return {"tokens": tokens, "latents": standardise(noised, case.inputs["latent_mean"], case.inputs["latent_var"])}
+
+
+def decoder(case: Case) -> Results:
+    hyper = case.hyper
+    model = convert_decoder(_weights(case), heads=hyper["decoder_num_attention_heads"])
+    side = int(hyper["num_latent_tokens"] ** 0.5)
+    tokens = case.inputs["latent_tokens"]
+    return {"logits": model.patches(tokens, (side, side)), "image": model(tokens, (side, side))}
+
+
+def latent_stats(case: Case) -> Results:
+    batches, momentum = case.inputs["batches"], case.hyper["momentum"]
+    exact = LatentStats(batches.shape[2:])
+    for batch in batches:
+        exact.update(batch)
+    results = {"exact_mean": exact.mean, "exact_var": exact.var}
+    # not what we compute statistics with, but what the published ones are
+    for name, processes in (("running", [batches]), ("synced", [batches, case.inputs["batches_rank1"]])):
+        results[f"{name}_mean"], results[f"{name}_var"] = running_statistics(processes, momentum)
+    return results
+
+
+def position_tables(case: Case) -> Results:
+    grid = (case.hyper["grid"],) * 2
+    angles = rotary_angles(grid, case.hyper["rope_head_dim"]).repeat_interleave(2, dim=1)
+    return {
+        "sincos_dit": sincos_table(grid, case.hyper["dim"]),
+        "sincos_decoder": position_table(case.hyper["dim"], grid),
+        "rope_cos": angles.cos(),
+        "rope_sin": angles.sin(),
+    }
+
+
+# --- diffusion --------------------------------------------------------------------------------------------------------
+
+
+def network(case: Case) -> Results:
+    net = _stage2(case, case.hyper, UNSHIFTED).network
+    x, t, y = (case.inputs[key] for key in "xty")
+    seen = {}
+    net.blocks[0].register_forward_hook(lambda _, __, out: seen.update(block0=out))
+    if "encoder_condition" in case.expected:
+        if net.head_condition is not None:
+            net.head_condition.register_forward_pre_hook(lambda _, args: seen.update(encoder_condition=args[0]))
+        else:  # equal widths: the head's blocks take the condition as it is
+            net.head_blocks[0].register_forward_pre_hook(lambda _, args: seen.update(encoder_condition=args[1]))
+    velocity = net(x, t, y)
+    return {"velocity": velocity, "time_embedding": net.time(t), "label_embedding": net.labels(y), **seen}
+
+
+def cfg(case: Case) -> Results:
+    model = _stage2(case, case.hyper, UNSHIFTED)
+    x, y, null = case.inputs["x"], case.inputs["y"], torch.full_like(case.inputs["y"], model.null_label)
+    rows = _runs(case)
+    return {
+        "guided": torch.stack([CFG(scale, *interval).wrap(model)(x, t, y) for t, scale, interval in rows]),
+        "conditional": torch.stack([model(x, t, y) for t, _, _ in rows]),
+        "unconditional": torch.stack([model(x, t, null) for t, _, _ in rows]),
+    }
+
+
+def autoguidance(case: Case) -> Results:
+    main = _stage2(case, case.hyper["main_model"], UNSHIFTED)
+    weak = _stage2(case, case.hyper["guidance_model"], UNSHIFTED, "weights_guidance")
+    x, y = case.inputs["x"], case.inputs["y"]
+    rows = _runs(case)
+    return {
+        "guided": torch.stack([AutoGuidance(weak, scale, *span).wrap(main)(x, t, y) for t, scale, span in rows]),
+        "main": torch.stack([main(x, t, y) for t, _, _ in rows]),
+        "guide": torch.stack([weak(x, t, y) for t, _, _ in rows]),
+    }
+
+
+def transport(case: Case) -> Results:
+    x, noise, t, u = (case.inputs[key] for key in ("x1", "noise", "t", "uniform_draws"))
+    shifts = [shift_factor(*pair) for pair in case.hyper["shift_dim_base_pairs"]]
+
+    def times(**law) -> Tensor:
+        return torch.stack([Flow(shift=shift, t_max=case.hyper["t_high"], **law).times(u) for shift in shifts])
+
+    def grids(points: str, last: float) -> Tensor:
+        return torch.stack([time_grid(int(points), shift, last=last) for shift in shifts])
+
+    # at a prediction of 0 the loss's gradient is -2 / (C h w) times its target
+    prediction = torch.zeros_like(x, requires_grad=True)
+    UNSHIFTED.loss(lambda *_: prediction, x, t, t, noise).sum().backward()
+    results = {
+        "xt": interpolate(x, noise, t),
+        "velocity_target": prediction.grad * (-x[0].numel() / 2),
+        "shift_values": torch.tensor(shifts),
+        "uniform_t_shifted": times(),
+        "logit_normal_t_shifted": times(time_law="logit-normal"),
+        "logit_normal_m05_08_t_shifted": times(time_law="logit-normal", logit_mean=-0.5, logit_std=0.8),
+    }
+    for name in case.expected:
+        if match := re.fullmatch(r"(ode|sde)_grid_(\d+)", name):
+            last = 1 - case.hyper["t_high"] if match[1] == "ode" else case.hyper["sde_last_step_size"]
+            results[name] = grids(match[2], last)
+    return results
+
+
+def sample_ode(case: Case) -> Results:
+    hyper, (x, y) = case.hyper, (case.inputs["noise"], case.inputs["y"])
+    flow = Flow(shift=shift_factor(**_renamed(hyper["time_shift"])))
+    main = _stage2(case, hyper["main_model"], flow)
+    weak = _stage2(case, hyper["guidance_model"], flow, "weights_guidance")
+    cfg, autoguided = CFG(**hyper["cfg"]).wrap(main), AutoGuidance(weak, **hyper["autoguidance"]).wrap(main)
+    runs = {
+        "grid": lambda times: times,
+        "euler": lambda times: euler(main, x, y, times),
+        "heun2_": lambda times: heun(main, x, y, times),
+        "dopri5_": lambda times: dopri5(main, x, y, times, rtol=hyper["rtol"], atol=hyper["atol"]),
+        "dopri5_tight_": lambda t: dopri5(main, x, y, t, rtol=hyper["tight_rtol"], atol=hyper["tight_atol"]),
+        "cfg": lambda times: euler(cfg, x, y, times),
+        "autoguidance": lambda times: euler(autoguided, x, y, times),
+    }
+    results = {}
+    for name in case.expected:
+        run, points, final = re.fullmatch(r"(.*?)(\d+)(_final)?", name).groups()
+        states = torch.stack(list(runs[run](time_grid(int(points), flow.shift))))
+        results[name] = states[-1] if final else states
+    return results
+
+
+def sample_sde(case: Case) -> Results:
+    hyper, (x, y, noise) = case.hyper, (case.inputs[key] for key in ("start", "y", "noise"))
+    model = _stage2(case, hyper["model"], Flow(shift=shift_factor(**_renamed(hyper["time_shift"]))))
+    samplers = {"euler": euler_maruyama, "heun": heun_sde}
+    results = {}
+    for name in case.expected:
+        # their last step is taken at the unshifted time, though the state lives at the shifted one
+        end = 0.0 if name.endswith("none") or name == "grid_no_last_step" else hyper["last_step_size"]
+        times = time_grid(hyper["num_steps"], model.flow.shift, last=end)
+        if name.startswith("grid"):
+            results[name] = times
+            continue
+        method, form, kind = name.split("_")
+        _start, *states = samplers[method](model, x, y, times, iter(noise), form=form)
+        results[name] = torch.stack([*states, last_step(model, states[-1], y, end, kind, form)])
+    return results
+
+
+def training_loss(case: Case) -> Results:
+    flow = _training_flow(case)
+    model = _stage2(case, case.hyper["model"], flow).requires_grad_(True)
+    x, noise = case.inputs["x1"], case.inputs["noise"]
+    t = flow.times(case.inputs["u_t"])
+    y = drop_labels(
+        case.inputs["y"], case.inputs["u_label"], case.hyper["model"]["class_dropout_prob"], model.null_label
+    )
+    losses = flow.loss(model.predict, x, y, t, noise)
+    losses.mean().backward()
+    net = model.network
+    return {
+        "t": t,
+        "prediction": model.predict(interpolate(x, noise, t), t, y),
+        "loss_per_sample": losses,
+        "loss": losses.mean()[None],
+        "grad_norm": nn.utils.get_total_norm([p.grad for p in net.parameters()])[None],
+        "grad_t_embedder_W": net.time.frequencies.grad,
+        "grad_pos_embed": net.position.grad[None],
+        "grad_label_table": net.labels.weight.grad,
+        "grad_qkv0": net.blocks[0].attn.qkv.weight.grad,
+        "grad_final": net.final.linear.weight.grad,
+    }
+
+
+def schedules(case: Case) -> Results:
+    results = {}
+    for name, settings in case.hyper["schedules"].items():
+        rates = [settings["base_lr"] * _lr_factor(step, settings, case.hyper) for step in case.hyper["steps"]]
+        results[f"lr_{name}"] = torch.tensor(rates)
+    average, online = nn.Linear(5, 1, bias=False), nn.Linear(5, 1, bias=False)
+    nn.utils.vector_to_parameters(case.inputs["ema_start"], average.parameters())
+    history = []
+    for values in case.inputs["params"]:
+        nn.utils.vector_to_parameters(values, online.parameters())
+        update_ema(average, online, case.hyper["ema_decay"])
+        history.append(average.weight[0].detach().clone())
+    return {**results, "ema_after": torch.stack(history)}
+
+
+def training_steps(case: Case) -> Results:
+    hyper, flow = case.hyper, _training_flow(case)
+    model = _stage2(case, hyper["model"], flow).requires_grad_(True)
+    net, ema = model.network, make_ema(model.network)
+    settings = hyper["optimizer"]
+    config = OptimConfig(lr=settings["lr"], betas=settings["betas"], weight_decay=settings["weight_decay"], ema=0)
+    optimizers = build_optimizers(config, net.parameter_groups())
+    losses, norms, rates = [], [], []
+    for step in range(hyper["steps"]):
+        x, y, noise, u_t, u_label = (case.inputs[key][step] for key in ("x1", "y", "noise", "u_t", "u_label"))
+        y = drop_labels(y, u_label, hyper["model"]["class_dropout_prob"], model.null_label)
+        rates.append(settings["lr"] * _lr_factor(step, hyper["scheduler"], hyper))
+        set_lr(optimizers, rates[-1])
+        net.zero_grad()
+        loss = flow.loss(model.predict, x, y, flow.times(u_t), noise).mean()
+        loss.backward()
+        losses.append(loss.detach())
+        norms.append(nn.utils.clip_grad_norm_(net.parameters(), hyper["clip_grad"]))
+        for optimizer in optimizers:
+            optimizer.step()
+        update_ema(ema, net, hyper["ema_decay"])
+    return {
+        "losses": torch.stack(losses),
+        "grad_norms": torch.stack(norms),
+        "lrs": torch.tensor(rates),
+        "final_qkv0": net.blocks[0].attn.qkv.weight,
+        "ema_qkv0": ema.blocks[0].attn.qkv.weight,
+        "final_W": net.time.frequencies,
+        "final_pos_embed": net.position[None],
+        "final_final": net.final.linear.weight,
+        "ema_final": ema.final.linear.weight,
+    }
+
+
+# --- images and evaluation --------------------------------------------------------------------------------------------
+
+
+def crop(case: Case) -> Results:
+    size = (case.hyper["target"],) * 2
+    return {
+        name.replace("in", "out"): torch.tensor(center_crop(image.numpy(), size)) for name, image in case.inputs.items()
+    }
+
+
+def metrics(case: Case) -> Results:
+    # 8-bit images [B,H,W,3] -> [B,3,H,W] in [0,1]
+    a, b = (case.inputs[key].permute(0, 3, 1, 2) / 255 for key in "ab")
+    moments = []
+    for key in ("features1", "features2"):
+        moments.append(Moments(case.inputs[key].shape[1]))
+        moments[-1].update(case.inputs[key])
+    distance = frechet_distance(*(value for m in moments for value in (m.mean, m.covariance)))
+    return {"psnr": psnr(a, b).mean()[None], "frechet": torch.tensor([distance])}
+
+
+def not_built(case: Case) -> Results:
+    raise NotBuilt("not built yet")
+
+
+CASES: dict[str, Callable[[Case], Results]] = {
+    "encoder": encoder,
+    "encode_noised": encode_noised,
+    "decoder": decoder,
+    "latent_stats": latent_stats,
+    "position_tables": position_tables,
+    "dit": network,
+    "ditdh": network,
+    "cfg": cfg,
+    "autoguidance": autoguidance,
+    "transport": transport,
+    "sample_ode": sample_ode,
+    "sample_sde": sample_sde,
+    "training_loss": training_loss,
+    "schedules": schedules,
+    "training_steps": training_steps,
+    "center_crop": crop,
+    "metrics": metrics,
+    "adaptive_weight": not_built,
+    "diffaug": not_built,
+    "discriminator": not_built,
+    "gan_losses": not_built,
+    "lpips": not_built,
+}
+
+
+# --- what several cases share -----------------------------------------------------------------------------------------
+
+
+def _weights(case: Case, name: str = "weights") -> Path:
+    return case.folder / f"{name}.safetensors"
+
+
+def _encoder(case: Case, images: Tensor) -> Encoder:
+    """The case's encoder for images of this size, through a folder like those that transformers writes."""
+    hyper = case.hyper
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(hyper["encoder_config"]))
+        save_file(load_file(_weights(case)), Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        return load_encoder(
+            folder,
+            image_size=tuple(images.shape[2:]),
+            input_size=hyper["encoder_input_size"],
+            mean=hyper["image_mean"],
+            std=hyper["image_std"],
+        )
+
+
+def _stage2(case: Case, hyper: dict, flow: Flow, name: str = "weights") -> DiffusionModel:
+    depth = hyper["depth"]
+    return convert_stage2(
+        _weights(case, name),
+        flow=flow,
+        head_depth=depth[1] if isinstance(depth, list) else None,
+        mlp_ratio=hyper["mlp_ratio"],
+    )
+
+
+def _runs(case: Case) -> list[tuple[Tensor, float, list[float]]]:
+    """Rows of a guidance case: times [B], scale, interval."""
+    return list(zip(case.inputs["t_rows"], case.hyper["scales"], case.hyper["intervals"]))
+
+
+def _renamed(time_shift: dict) -> dict:
+    return {"m": time_shift["dim"], "n": time_shift["base"]}
+
+
+def _lr_factor(step: int, settings: dict, hyper: dict) -> float:
+    """`lr_factor` with their settings, which count in steps or in epochs."""
+    warmup, decay_end = (
+        settings[f"{name}_steps"] if f"{name}_steps" in settings else int(settings[epochs] * hyper["steps_per_epoch"])
+        for name, epochs in (("warmup", "warmup_epochs"), ("decay_end", "decay_end_epoch"))
+    )
+    return lr_factor(
+        step,
+        schedule=settings["type"],
+        warmup=warmup,
+        decay_end=decay_end,
+        final=settings["final_lr"] / settings["base_lr"],
+        warmup_from_zero=settings["warmup_from_zero"],
+    )
+
+
+def _training_flow(case: Case) -> Flow:
+    hyper = case.hyper
+    return Flow(
+        shift=shift_factor(**_renamed(hyper["time_shift"])),
+        time_law=hyper["t_distribution"],
+        logit_mean=hyper["t_mean"],
+        logit_std=hyper["t_std"],
+    )
