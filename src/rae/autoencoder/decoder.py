@@ -106,7 +106,7 @@ def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tenso
 
 
 def position_table(width: int, grid: tuple[int, int]) -> Tensor:
-    """[sin(k*f), cos(k*f)], f = 10000^(-j / (W/4)), j < W/4: the first half of the features from columns, the second from rows.
+    """[sin(k*f), cos(k*f)], f = 10000^(-j / (W/4)), j < W/4: first half of the features: columns, second: rows.
 
     Args:
         width: W, features per token, a multiple of 4.

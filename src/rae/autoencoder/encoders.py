@@ -1,0 +1,350 @@
+"""[0,1] images => tokens: frozen, pretrained vision transformers behind one table (arXiv 2510.11690, Sec. 3).
+
+images [B,3,H,W] => resized to the network's input, (x - mean) / std => ViT => final LayerNorm without its affine
+parameters => prefix tokens dropped => tokens [B,N,C]
+"""
+
+import contextlib
+import difflib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import PositiveFloat, PositiveInt
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from rae.autoencoder.families import ENCODERS, FAMILIES
+from rae.autoencoder.sources import REMEDIES, SourceError, fetch, source_of, weights_sha256
+from rae.config import Config
+
+
+class EncoderConfig(Config):
+    """Everything needed to build an encoder again.
+
+    Args:
+        name: row of `ENCODERS`, hub id or folder, as it was asked for.
+        source: `folder:...`, `hub:...` or `wheel:...`.
+        family: key of `FAMILIES`.
+        width, depth, heads: of the transformer; width is C, the channels of a token.
+        patch_size: pixels per side of a token, at the network's input.
+        prefix_tokens: class and register tokens, dropped from the output.
+        norm_eps: eps of the final LayerNorm.
+        mean, std: normalisation of the input, per channel.
+        image_size: (H, W) of the images that the encoder takes.
+        input_size: (h, w) that the network sees; multiples of the patch size.
+    """
+
+    name: str
+    source: str
+    family: str
+    width: PositiveInt
+    depth: PositiveInt
+    heads: PositiveInt
+    patch_size: PositiveInt
+    prefix_tokens: int
+    norm_eps: PositiveFloat
+    mean: tuple[float, float, float]
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+    image_size: tuple[PositiveInt, PositiveInt]
+    input_size: tuple[PositiveInt, PositiveInt]
+
+
+class Encoder(nn.Module):
+    """tokens = LayerNorm(ViT((images - mean) / std)) without the class and register tokens.
+
+    The network is frozen and always in evaluation mode. It computes in the type of its parameters (float32, until
+    `encoder.to(torch.bfloat16)`); preprocessing, the final LayerNorm and the tokens are float32. `load_encoder` makes
+    one.
+    """
+
+    def __init__(self, network: nn.Module, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        setattr(
+            network, FAMILIES[config.family].norm, nn.Identity()
+        )  # its affine parameters are not used: see `features`
+        self.network = network.eval().requires_grad_(False)
+        self._checksum = weights_sha256(network.state_dict().values())
+
+    width = property(lambda self: self.config.width, doc="C, channels of a token.")
+    patch_size = property(
+        lambda self: self.config.patch_size, doc="Pixels per side of a token, at the network's input."
+    )
+    mean = property(lambda self: self.config.mean, doc="Mean per channel that is taken off the input.")
+    std = property(lambda self: self.config.std, doc="Standard deviation per channel that the input is divided by.")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the tokens."""
+        height, width = self.config.input_size
+        return height // self.patch_size, width // self.patch_size
+
+    def checksum(self) -> str:
+        """SHA-256 (hex) of the float32 weights as they were loaded, without the unused final affine parameters."""
+        return self._checksum
+
+    def train(self, mode: bool = True) -> "Encoder":
+        """Does not reach the network: it is frozen, and some networks draw random numbers in training mode."""
+        super().train(mode)
+        self.network.eval()
+        return self
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(images - mean) / std, per channel of [B,3,H,W]."""
+        return (images - _per_channel(self.mean, images)) / _per_channel(self.std, images)
+
+    def denormalise(self, x: Tensor) -> Tensor:
+        """x * std + mean: inverse of `normalise`; not clamped."""
+        return x * _per_channel(self.std, x) + _per_channel(self.mean, x)
+
+    def preprocess(self, images: Tensor, *, resize: bool = False) -> Tensor:
+        """[0,1] images -> network input: bicubic resize (a = -0.75, no antialias, no clamp), then (x - mean) / std.
+
+        Args:
+            images: [B,3,H,W], floating point in [0,1], of `config.image_size`.
+            resize: take images of any size; they are resized to `config.input_size`, aspect ratio not kept.
+
+        Returns:
+            [B,3,h,w] of `config.input_size`, float32.
+
+        Raises:
+            TypeError: not floating point.
+            ValueError: another shape, another size, or values outside [0,1].
+        """
+        if not images.is_floating_point():
+            raise TypeError(
+                f"images are {images.dtype}; the encoder takes floats in [0,1]: divide 8-bit images by 255."
+            )
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images of shape {list(images.shape)}; the encoder takes [B, 3, H, W].")
+        size = tuple(images.shape[2:])
+        if size != self.config.image_size and not resize:
+            raise ValueError(
+                f"images of {size[0]} x {size[1]} pixels given to an encoder of {self.config.image_size[0]} x "
+                f"{self.config.image_size[1]}; crop them to it, pass resize=True, or load it with another image_size."
+            )
+        low, high = images.aminmax()
+        if not (low >= 0 and high <= 1):  # also true of NaN
+            raise ValueError(
+                f"images have values in [{low.item():g}, {high.item():g}]; the encoder takes [0,1]: "
+                "clamp decoded images, divide 8-bit ones by 255, bring [-1,1] to (x + 1) / 2."
+            )
+        x = images.float()
+        if size != self.config.input_size:
+            x = F.interpolate(x, self.config.input_size, mode="bicubic", align_corners=False)
+        return self.normalise(x)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Network input [B,3,h,w] -> tokens [B,N,C], differentiable in x (for losses in the encoder's feature space).
+
+        Args:
+            x: normalised images of `config.input_size` (`preprocess`, or a decoder's output resized).
+        """
+        config, family = self.config, FAMILIES[self.config.family]
+        arguments: dict[str, Any] = {"interpolate_pos_encoding": True} if family.ask else {}
+        if config.family == "vit_mae":
+            # MAE orders its tokens by sorting this; whole numbers in float32 keep them row-major, in any compute type.
+            count = self.grid[0] * self.grid[1]
+            arguments["noise"] = torch.arange(count, dtype=torch.float32, device=x.device).expand(len(x), -1)
+        hidden = self.network(x.to(self.network.dtype), **arguments).last_hidden_state
+        return F.layer_norm(hidden[:, config.prefix_tokens :].float(), (config.width,), eps=config.norm_eps)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, *, resize: bool = False) -> Tensor:
+        """[0,1] images [B,3,H,W] -> tokens [B,N,C], float32, row-major; arguments and errors as in `preprocess`."""
+        return self.features(self.preprocess(images, resize=resize))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the network in the transformers layout; `open_encoder(config, folder)` reads it back."""
+        with _quiet():
+            self.network.save_pretrained(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def load_encoder(
+    name_or_path: str | Path,
+    *,
+    image_size: int | tuple[int, int],
+    input_size: int | tuple[int, int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Encoder:
+    """Load a frozen encoder.
+
+    Args:
+        name_or_path: a row of `ENCODERS`, a hub id, or a local folder in the transformers layout.
+        image_size: side, or (H, W), of the images in pixels.
+        input_size: side, or (h, w), of what the network sees. Default: with patches of 14 and image sides that are
+            multiples of 16, 14/16 of the image (256 -> 224 px, so that decoder patches of 16 give the image's size
+            back); otherwise the image size, which must then be a multiple of the patch size.
+        mean, std: normalisation of the input, three numbers each. Default: that of the table, or of the model's
+            preprocessor_config.json.
+
+    Raises:
+        ValueError: sizes that do not fit the patch size.
+        SourceError: unknown name, weights that cannot be had, a damaged or a foreign file.
+    """
+    return open_encoder(
+        describe_encoder(name_or_path, image_size=image_size, input_size=input_size, mean=mean, std=std)
+    )
+
+
+def describe_encoder(
+    name_or_path: str | Path,
+    *,
+    image_size: int | tuple[int, int],
+    input_size: int | tuple[int, int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> EncoderConfig:
+    """The configuration of an encoder, without its weights; arguments and errors as in `load_encoder`."""
+    name = str(name_or_path)
+    row = ENCODERS.get(name)
+    image_size = _pair(image_size)
+    if row:  # a size that cannot be used is found before anything is downloaded
+        _input_size(image_size, input_size, row.patch_size)
+    elif not Path(name).expanduser().is_dir() and "/" not in name:
+        nearest = difflib.get_close_matches(name, ENCODERS, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+        raise SourceError(
+            f"no encoder {name!r}{hint} Known by name: {', '.join(ENCODERS)}; or give a hub id or a folder."
+        )
+    source = row.source if row else source_of(name)
+    folder = fetch(source, weights=False)
+    family, shape = _read_shape(folder)
+    if row:
+        _compare(f"{folder} is not {name}", shape, row._asdict())
+        mean, std = mean or row.normalisation[0], std or row.normalisation[1]
+    if mean is None or std is None:
+        mean, std = _read_normalisation(folder)
+    return EncoderConfig(
+        name=name,
+        source=source,
+        family=family,
+        mean=tuple(mean),
+        std=tuple(std),
+        image_size=image_size,
+        input_size=_input_size(image_size, input_size, shape["patch_size"]),
+        **shape,
+    )
+
+
+def open_encoder(config: EncoderConfig, folder: str | Path | None = None) -> Encoder:
+    """Build an encoder from its configuration.
+
+    Args:
+        config: as from `describe_encoder`, or saved.
+        folder: where the weights are, if not where `config.source` says.
+
+    Raises:
+        SourceError: weights that cannot be had, are damaged, do not fit the configuration, or lack or add keys.
+    """
+    import transformers
+
+    folder = fetch(f"folder:{folder}" if folder else config.source, weights=True)
+    name, shape = _read_shape(folder)
+    _compare(f"{folder} is not {config.name}", shape | {"family": name}, config.model_dump())
+    family = FAMILIES[name]
+    try:
+        with _quiet():
+            network, report = getattr(transformers, family.model).from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **family.settings
+            )
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise SourceError(
+            f"the weights in {folder} cannot be read ({error}); the file is damaged or foreign."
+        ) from error
+    missing = set(report["missing_keys"]) - {f"{family.norm}.weight", f"{family.norm}.bias"}
+    unexpected = {key for key in report["unexpected_keys"] if not re.match(family.ignored, key)}
+    if missing or unexpected:
+        raise SourceError(
+            f"the weights in {folder} are not those of a {family.model}: {len(missing)} missing {sorted(missing)[:5]}, "
+            f"{len(unexpected)} unexpected {sorted(unexpected)[:5]}. {REMEDIES}"
+        )
+    return Encoder(network, config)
+
+
+def _read_shape(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Family and geometry of the network in a folder, from its config.json."""
+    import transformers
+
+    try:
+        family = json.loads((folder / "config.json").read_text())["model_type"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise SourceError(f"{folder / 'config.json'} is not a configuration of transformers ({error!r}).") from error
+    if family not in FAMILIES:
+        raise SourceError(
+            f"{folder} holds a model of type {family!r}; encoders are plain ViTs of the types {', '.join(FAMILIES)} "
+            "(a new one is a row in rae/autoencoder/families.py)."
+        )
+    row = FAMILIES[family]
+    config = getattr(transformers, row.model).config_class.from_pretrained(folder)
+    return family, {
+        "width": config.hidden_size,
+        "depth": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "patch_size": config.patch_size,
+        "prefix_tokens": row.class_tokens + (config.num_register_tokens if row.registers else 0),
+        "norm_eps": config.layer_norm_eps,
+    }
+
+
+def _read_normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        raise SourceError(f"{path} is missing, so mean and std of the input are unknown; pass mean=(r, g, b) and std=.")
+    found = json.loads(path.read_text())
+    return tuple(found["image_mean"]), tuple(found["image_std"])
+
+
+def _compare(what: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    wrong = [
+        f"{key} is {found[key]}, not {wanted[key]}" for key in found if key in wanted and found[key] != wanted[key]
+    ]
+    if wrong:
+        raise SourceError(f"{what}: {'; '.join(wrong)}.")
+
+
+def _input_size(image_size: tuple[int, int], input_size: int | tuple[int, int] | None, patch: int) -> tuple[int, int]:
+    if input_size is None and patch == 14 and not any(side % 16 for side in image_size):
+        return image_size[0] // 16 * 14, image_size[1] // 16 * 14
+    size = image_size if input_size is None else _pair(input_size)
+    if any(side % patch for side in size):
+        nearest = [max(round(side / patch), 1) * patch for side in size]
+        raise ValueError(
+            f"the network would see {size[0]} x {size[1]} pixels, not a multiple of its patch size {patch}; "
+            f"pass input_size=({nearest[0]}, {nearest[1]}) or change image_size."
+        )
+    return size
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
+    return like.new_tensor(values).view(3, 1, 1)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' bars and load reports off: what they would say is checked, and raised, here."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
