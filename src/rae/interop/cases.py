@@ -6,7 +6,7 @@ They call what a user would call, and read weights through `official.py`. `verif
 import json
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rae.autoencoder.decoder import position_table
-from rae.autoencoder.encoders import Encoder, load_encoder
+from rae.autoencoder.encoders import Encoder, EncoderConfig, load_encoder
 from rae.autoencoder.latents import LatentStats, add_noise, draw_sigma, standardise, tokens_to_map
+from rae.autoencoder.rae import RAE
 from rae.data.images import center_crop
 from rae.diffusion.dit import rotary_angles, sincos_table
 from rae.diffusion.flow import Flow, interpolate, shift_factor
@@ -60,7 +61,7 @@ def find_case(kind: str) -> Callable[[Case], Results]:
     return CASES[max(fitting, key=len)]
 
 
-# --- autoencoder ------------------------------------------------------------------------------------------------------
+# --- autoencoder -----------------------------------------------------------------------------------------------------
 
 
 def encoder(case: Case) -> Results:
@@ -97,6 +98,20 @@ def decoder(case: Case) -> Results:
     return {"logits": model.patches(tokens, (side, side)), "image": model(tokens, (side, side))}
 
 
+def rae_decode(case: Case) -> Results:
+    hyper, z = case.hyper, case.inputs["latents"]
+    model = convert_decoder(_weights(case), heads=hyper["decoder_num_attention_heads"])
+    stats = case.inputs["latent_mean"], case.inputs["latent_var"]
+
+    def decode(mean: list[float], std: list[float]) -> Tensor:
+        return RAE(_untrained_encoder(z.shape[1:], mean, std), model, stats).decode(z)
+
+    return {
+        "image": decode(hyper["image_mean"], hyper["image_std"]),
+        "image_mean_std_half": decode([0.5] * 3, [0.5] * 3),
+    }
+
+
 def latent_stats(case: Case) -> Results:
     batches, momentum = case.inputs["batches"], case.hyper["momentum"]
     exact = LatentStats(batches.shape[2:])
@@ -120,7 +135,7 @@ def position_tables(case: Case) -> Results:
     }
 
 
-# --- diffusion --------------------------------------------------------------------------------------------------------
+# --- diffusion -------------------------------------------------------------------------------------------------------
 
 
 def network(case: Case) -> Results:
@@ -303,7 +318,7 @@ def training_steps(case: Case) -> Results:
     }
 
 
-# --- images and evaluation --------------------------------------------------------------------------------------------
+# --- images and evaluation -------------------------------------------------------------------------------------------
 
 
 def crop(case: Case) -> Results:
@@ -332,6 +347,7 @@ CASES: dict[str, Callable[[Case], Results]] = {
     "encoder": encoder,
     "encode_noised": encode_noised,
     "decoder": decoder,
+    "rae_decode": rae_decode,
     "latent_stats": latent_stats,
     "position_tables": position_tables,
     "dit": network,
@@ -354,7 +370,7 @@ CASES: dict[str, Callable[[Case], Results]] = {
 }
 
 
-# --- what several cases share -----------------------------------------------------------------------------------------
+# --- what several cases share ----------------------------------------------------------------------------------------
 
 
 def _weights(case: Case, name: str = "weights") -> Path:
@@ -374,6 +390,32 @@ def _encoder(case: Case, images: Tensor) -> Encoder:
             mean=hyper["image_mean"],
             std=hyper["image_std"],
         )
+
+
+def _untrained_encoder(latent_shape: Sequence[int], mean: list[float], std: list[float]) -> Encoder:
+    """An encoder with random weights, for decoding: of an encoder, that needs the image's mean and std alone."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    width, *grid = latent_shape
+    network = Dinov2Model(
+        Dinov2Config(hidden_size=width, num_hidden_layers=1, num_attention_heads=1, image_size=grid[0], patch_size=1)
+    )
+    config = EncoderConfig(
+        name="untrained",
+        source="none",
+        family="dinov2",
+        width=width,
+        depth=1,
+        heads=1,
+        patch_size=1,
+        prefix_tokens=1,
+        norm_eps=1e-6,
+        mean=mean,
+        std=std,
+        image_size=grid,
+        input_size=grid,
+    )
+    return Encoder(network, config)
 
 
 def _stage2(case: Case, hyper: dict, flow: Flow, name: str = "weights") -> DiffusionModel:

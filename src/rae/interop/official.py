@@ -39,7 +39,7 @@ class ConversionError(ValueError):
     """A file that is not what it should be; the message names the file, the keys and the likely reason."""
 
 
-# --- key tables: pattern of our name -> their name, or names, which are then stacked along the first axis -------------
+# --- key tables: pattern of our name -> their name, or names, which are then stacked along the first axis ------------
 
 DECODER_KEYS: KeyTable = (
     (r"cls_token", ("trainable_cls_token",)),
@@ -78,7 +78,7 @@ DITDH_KEYS: KeyTable = (
 )
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_file(path: str | Path) -> dict:
@@ -172,7 +172,7 @@ def running_statistics(processes: Sequence[Iterable[Tensor]], momentum: float = 
     return means.mean(0), torch.stack(variances).mean(0) + means.var(0, correction=0)
 
 
-# --- decoder ----------------------------------------------------------------------------------------------------------
+# --- decoder ---------------------------------------------------------------------------------------------------------
 
 
 def convert_decoder(
@@ -217,7 +217,7 @@ def convert_decoder(
     return _load(Decoder(config), state, DECODER_KEYS, path).requires_grad_(False)
 
 
-# --- stage 2 ----------------------------------------------------------------------------------------------------------
+# --- stage 2 ---------------------------------------------------------------------------------------------------------
 
 
 def convert_stage2(
@@ -300,7 +300,7 @@ def _pop_heads(state: StateDict, name: str, width: int, token_grid: tuple[int, i
     return width // head_dim
 
 
-# --- strict loading ---------------------------------------------------------------------------------------------------
+# --- strict loading --------------------------------------------------------------------------------------------------
 
 
 def _load(module: nn.Module, state: StateDict, table: KeyTable, path: str | Path, head_start: int = 0) -> nn.Module:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 from safetensors.torch import load_file
@@ -106,7 +107,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
         next(column for column in table.columns if column.header == name).justify = "right"
     for outcome in report.outcomes:
         if outcome.problem is not None:
-            result = f"[red]failed[/]: {outcome.problem}" if outcome.built else f"[yellow]{outcome.problem}[/]"
+            result = f"[red]failed[/]: {escape(outcome.problem)}" if outcome.built else f"[yellow]{outcome.problem}[/]"
             table.add_row(outcome.case, "", "", "", "", "", result)
             continue
         worst = outcome.worst

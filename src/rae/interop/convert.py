@@ -1,0 +1,166 @@
+"""`rae convert`: one of the authors' files in, a folder of ours out."""
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from rae.autoencoder.encoders import Encoder, load_encoder
+from rae.autoencoder.rae import RAE
+from rae.diffusion.flow import Flow
+from rae.diffusion.model import DiffusionModel
+from rae.interop.official import (
+    ConversionError,
+    StateDict,
+    Weights,
+    convert_decoder,
+    convert_stage2,
+    read_file,
+    read_statistics,
+    read_weights,
+)
+
+Kind = Literal["decoder", "autoencoder", "stage 2"]
+
+
+def convert(
+    path: str | Path,
+    out: str | Path,
+    *,
+    weights: Weights = "ema",
+    encoder: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    statistics: str | Path | None = None,
+    heads: int | None = None,
+    shift: float | None = None,
+    time_law: Literal["uniform", "logit-normal"] | None = None,
+    autoencoder: str | Path | None = None,
+    head_depth: int | None = None,
+    console: Console | None = None,
+) -> RAE | DiffusionModel:
+    """Convert a decoder or autoencoder into an `RAE` folder, a stage-2 file into a `DiffusionModel` folder.
+
+    Args:
+        path: the authors' file; which kind it is, its keys tell.
+        out: folder to write; must not exist, or be empty.
+        weights: "ema" or "model", where a training checkpoint holds both.
+        encoder: (decoder) name, hub id or folder of the encoder it was trained with, as for `load_encoder`.
+        image_size: (decoder) of the images that are encoded, in pixels: 256 or 512 for the published ones.
+        statistics: (decoder) the stat.pt that belongs to it, or "none" for latents that are not standardised.
+        heads: (decoder) attention heads, if its size is not a published one.
+        shift: (stage 2) sqrt(C h w / 4096): 6.928 for DINOv2-B at 256 pixels, 13.856 at 512.
+        time_law: (stage 2) of training times, for training on. Sampling does not use it.
+        autoencoder: (stage 2) the converted autoencoder whose latents it generates; None leaves the model unbound.
+        head_depth: (stage 2) blocks of the head, if the widths do not tell.
+        console: where to report.
+
+    Raises:
+        ConversionError: a foreign or damaged file, or something that is needed and not given, or given and not used.
+    """
+    console, out = console or Console(), Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConversionError(f"{out} exists and is not an empty folder; give another one.")
+    with console.status(f"reading {path}"):
+        kind = detect(path, weights)
+    of_decoder = {"encoder": encoder, "image_size": image_size, "statistics": statistics}
+    of_stage2 = {"shift": shift, "time_law": time_law}
+    if kind == "stage 2":
+        _check_given(path, kind, needed=of_stage2, foreign=of_decoder | {"heads": heads})
+        with console.status(f"converting {path}"):
+            bound_to = RAE.from_pretrained(autoencoder) if autoencoder else None
+            model = convert_stage2(
+                path,
+                flow=Flow(shift=shift, time_law=time_law),
+                weights=weights,
+                head_depth=head_depth,
+                latent_identity=bound_to.latent_identity if bound_to else None,
+            )
+            if bound_to:
+                model.check_autoencoder(bound_to)
+    else:
+        foreign = of_stage2 | {"autoencoder": autoencoder, "head_depth": head_depth}
+        _check_given(path, kind, needed=of_decoder, foreign=foreign)
+        with console.status(f"converting {path}"):
+            decoder = convert_decoder(path, weights=weights, heads=heads)
+            stats = None if statistics == "none" else read_statistics(statistics)
+        with console.status(f"loading the encoder {encoder}"):
+            model = RAE(load_encoder(encoder, image_size=image_size), decoder, stats)
+        if model.encoder.grid != decoder.config.grid:
+            raise ConversionError(
+                f"{encoder} makes {model.encoder.grid} tokens of images of {model.image_size} pixels, the decoder in "
+                f"{path} was trained on {decoder.config.grid}; give the image size it was trained with."
+            )
+        if kind == "autoencoder":
+            _check_encoder(read_weights(path, weights), model.encoder, path)
+    with console.status(f"writing {out}"):
+        model.save_pretrained(out)
+    console.print(_summary(path, kind, model, out))
+    return model
+
+
+def detect(path: str | Path, weights: Weights = "ema") -> Kind:
+    """What kind of file it is, by its keys.
+
+    Raises:
+        ConversionError: none that can be converted by itself.
+    """
+    if set(read_file(path)) == {"mean", "var"}:
+        raise ConversionError(f"{path} holds latent statistics; give it as statistics= when you convert the decoder.")
+    state = read_weights(path, weights)
+    for key, kind in (
+        ("decoder_pred.weight", "decoder"),
+        ("decoder.decoder_pred.weight", "autoencoder"),
+        ("x_embedder.proj.weight", "stage 2"),
+    ):
+        if key in state:
+            return kind
+    raise ConversionError(
+        f"{path} is neither a decoder, an autoencoder nor a stage-2 model: its keys begin with {sorted(state)[:3]}."
+    )
+
+
+def _check_given(path: str | Path, kind: Kind, needed: dict, foreign: dict) -> None:
+    missing = [name for name, value in needed.items() if value is None]
+    if missing:
+        raise ConversionError(f"{path} is of kind {kind!r} and does not hold its {', '.join(missing)}; give them.")
+    unused = [name for name, value in foreign.items() if value is not None]
+    if unused:
+        raise ConversionError(f"{path} is of kind {kind!r}, to which {', '.join(unused)} does not apply; leave it out.")
+
+
+def _check_encoder(state: StateDict, encoder: Encoder, path: str | Path) -> None:
+    """The frozen encoder in a training checkpoint must be the one named: tensor by tensor, whatever their names."""
+    theirs = {_digest(tensor) for key, tensor in state.items() if key.startswith("encoder.")}
+    ours = encoder.network.state_dict()
+    different = [key for key, tensor in ours.items() if _digest(tensor) not in theirs]
+    if different:
+        raise ConversionError(
+            f"{path} was trained with another encoder than {encoder.config.name}: {len(different)} of {len(ours)} "
+            f"tensors are not in it ({', '.join(different[:3])}); name the right one."
+        )
+
+
+def _digest(tensor: Tensor) -> bytes:
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).digest()
+
+
+def _summary(path: str | Path, kind: Kind, model: RAE | DiffusionModel, out: Path) -> Table:
+    table = Table(title=f"{path} => {out}", show_header=False)
+    parameters = sum(p.numel() for p in (model.decoder if isinstance(model, RAE) else model).parameters())
+    table.add_row("kind", kind)
+    table.add_row("parameters", f"{parameters:,}" + (" (decoder)" if isinstance(model, RAE) else ""))
+    table.add_row("latents (C, h, w)", str(model.latent_shape))
+    if isinstance(model, RAE):
+        table.add_row("encoder", f"{model.encoder.config.name}, images of {model.image_size} pixels")
+        table.add_row("statistics", "none: not standardised" if model.latent_mean is None else "included")
+        table.add_row("latent identity", model.latent_identity[:12])
+    else:
+        identity = model.config.latent_identity
+        table.add_row("shift", f"{model.flow.shift:.3f}")
+        table.add_row("bound to latents", identity[:12] if identity else "none: it takes any of this shape")
+    for file in sorted(p for p in out.rglob("*") if p.is_file()):
+        table.add_row(str(file.relative_to(out)), f"{file.stat().st_size / 2**20:.1f} MiB")
+    return table

@@ -1,0 +1,111 @@
+"""`rae convert`: files in the authors' layout become folders that load; what no file holds is asked for."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from rae.autoencoder.rae import RAE
+from rae.diffusion.model import DiffusionModel
+from rae.interop.convert import convert, detect
+from rae.interop.official import ConversionError
+
+GOLDEN = Path(__file__).parent / "golden"
+QUIET = Console(file=io.StringIO())
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    """A folder with the encoder of a case: DINOv2 with registers, 32 wide, patches of 14."""
+    case = GOLDEN / "encoder_dinov2_posinterp"
+    folder = tmp_path / "encoder"
+    folder.mkdir()
+    hyper = json.loads((case / "case.json").read_text())["hyperparameters"]
+    normalisation = {"image_mean": hyper["image_mean"], "image_std": hyper["image_std"]}
+    (folder / "config.json").write_text(json.dumps(hyper["encoder_config"]))
+    (folder / "preprocessor_config.json").write_text(json.dumps(normalisation))
+    save_file(load_file(case / "weights.safetensors"), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def decoder_file(tmp_path):
+    """model.pt of a decoder for 4 x 4 tokens of 32 channels."""
+    weights = load_file(GOLDEN / "rae_decode" / "weights.safetensors")
+    weights["decoder_embed.weight"] = weights["decoder_embed.weight"][:, :32].clone()
+    torch.save(weights, tmp_path / "model.pt")
+    return tmp_path / "model.pt"
+
+
+@pytest.fixture
+def stat_file(tmp_path):
+    torch.save({"mean": torch.randn(32, 4, 4), "var": torch.rand(32, 4, 4)}, tmp_path / "stat.pt")
+    return tmp_path / "stat.pt"
+
+
+def convert_rae(path, out, encoder, statistics, **settings):
+    settings = {"image_size": 64, "heads": 3} | settings
+    return convert(path, out, encoder=str(encoder), statistics=statistics, console=QUIET, **settings)
+
+
+def test_decoder_and_statistics_become_an_autoencoder(tmp_path, encoder, decoder_file, stat_file):
+    converted = convert_rae(decoder_file, tmp_path / "out", encoder, stat_file)
+    loaded = RAE.from_pretrained(tmp_path / "out")
+    images = torch.rand(2, 3, 64, 64)
+    assert loaded.latent_shape == (32, 4, 4)
+    assert loaded.latent_identity == converted.latent_identity
+    assert torch.equal(loaded.reconstruct(images), converted.reconstruct(images))
+    assert torch.equal(loaded.latent_mean, torch.load(stat_file, weights_only=True)["mean"])
+
+
+def test_a_training_checkpoint_must_have_the_encoder_that_is_named(tmp_path, encoder, decoder_file):
+    frozen = load_file(encoder / "model.safetensors")
+    decoder = torch.load(decoder_file, weights_only=True)
+
+    def save(name, scale):
+        state = {f"encoder.encoder.{k}": scale * v for k, v in frozen.items() if not k.startswith("layernorm.")}
+        state |= {f"decoder.{k}": v for k, v in decoder.items()}
+        torch.save({"model": state, "ema": state, "optimizer": {}}, tmp_path / name)
+        return tmp_path / name
+
+    path = save("ep-last.pt", 1)
+    assert detect(path) == "autoencoder"
+    convert_rae(path, tmp_path / "out", encoder, "none")
+    assert RAE.from_pretrained(tmp_path / "out").latent_mean is None
+    with pytest.raises(ConversionError, match="trained with another encoder"):
+        convert_rae(save("other.pt", 2), tmp_path / "other", encoder, "none")
+
+
+def test_stage2_is_bound_to_the_latents_it_belongs_to(tmp_path, encoder, decoder_file, stat_file):
+    weights = load_file(GOLDEN / "ditdh_qknorm" / "weights.safetensors")
+    torch.save({"model": weights, "ema": weights}, tmp_path / "stage2.pt")
+    settings = {"shift": 2.0, "time_law": "uniform", "console": QUIET}
+    convert(tmp_path / "stage2.pt", tmp_path / "dit", **settings)
+    model = DiffusionModel.from_pretrained(tmp_path / "dit")
+    assert (model.flow.shift, model.config.latent_identity) == (2.0, None)
+    convert_rae(decoder_file, tmp_path / "rae", encoder, stat_file)
+    with pytest.raises(ValueError, match=r"\(32, 4, 4\).*\(16, 4, 4\)"):
+        convert(tmp_path / "stage2.pt", tmp_path / "bound", autoencoder=tmp_path / "rae", **settings)
+    assert not (tmp_path / "bound").exists()
+
+
+def test_what_no_file_holds_is_asked_for_and_the_rest_refused(tmp_path, encoder, decoder_file, stat_file):
+    out = tmp_path / "out"
+    with pytest.raises(ConversionError, match="does not hold its encoder, image_size, statistics; give them"):
+        convert(decoder_file, out, console=QUIET)
+    with pytest.raises(ConversionError, match="to which shift does not apply"):
+        convert_rae(decoder_file, out, encoder, stat_file, shift=2.0)
+    with pytest.raises(ConversionError, match=r"\(8, 8\) tokens of images of \(128, 128\).*trained on \(4, 4\)"):
+        convert_rae(decoder_file, out, encoder, "none", image_size=128)
+    with pytest.raises(ConversionError, match="latent statistics; give it as statistics="):
+        convert(stat_file, out, console=QUIET)
+    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "resnet.pt")
+    with pytest.raises(ConversionError, match="neither a decoder, an autoencoder nor a stage-2"):
+        convert(tmp_path / "resnet.pt", out, console=QUIET)
+    with pytest.raises(ConversionError, match="not an empty folder"):
+        convert(decoder_file, tmp_path, console=QUIET)
+    assert not out.exists()

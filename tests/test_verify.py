@@ -1,0 +1,123 @@
+"""Our code against numbers of the authors' implementation (tests/golden), and proof that the check can fail.
+
+tests/golden is a part of the fixtures, computed with github.com/bytetriper/RAE at commit a4d18c4 on tiny models.
+"""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from rae.interop import cases
+from rae.interop.verify import FixtureError, print_report, verify
+
+GOLDEN = Path(__file__).parent / "golden"
+NOT_BUILT = {"adaptive_weight", "gan_losses"}
+BUILT = sorted(path.parent.name for path in GOLDEN.glob("*/case.json") if path.parent.name not in NOT_BUILT)
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    return {outcome.case: outcome for outcome in verify(GOLDEN).outcomes}
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_parity(outcomes, name):
+    outcome = outcomes[name]
+    assert outcome.problem is None
+    assert [m for m in outcome.measured if not m.passed] == []
+
+
+def test_parts_not_built_yet_are_told_apart(outcomes):
+    assert {name for name, outcome in outcomes.items() if not outcome.built} == NOT_BUILT
+    assert verify(GOLDEN / "gan_losses").exit_status == 2
+
+
+def copy_case(name: str, folder: Path) -> Path:
+    return Path(shutil.copytree(GOLDEN / name, folder / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("dit_patch2", "blocks.0.attn.proj.weight"),
+        ("ditdh_equal_width", "blocks.3.mlp.w3.bias"),
+        ("decoder_token_interp", "decoder_layers.0.attention.attention.value.bias"),
+        ("encoder_dinov2_posinterp", "embeddings.patch_embeddings.projection.weight"),
+    ],
+)
+def test_a_slightly_wrong_weight_fails(tmp_path, name, key):
+    path = copy_case(name, tmp_path) / "weights.safetensors"
+    weights = load_file(path)
+    weights[key] *= 1 + 1e-3
+    save_file(weights, path)
+    (outcome,) = verify(tmp_path).outcomes
+    assert outcome.problem is None
+    assert not outcome.passed
+
+
+def test_a_wrong_epsilon_fails(monkeypatch):
+    def convert(*args, **settings):
+        decoder = convert_decoder(*args, **settings)
+        for module in decoder.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.eps = 1e-6
+        return decoder
+
+    convert_decoder = cases.convert_decoder
+    monkeypatch.setattr(cases, "convert_decoder", convert)
+    report = verify(GOLDEN / "decoder_token_interp")
+    assert not report.outcomes[0].passed
+    assert report.exit_status == 1
+
+
+@pytest.mark.parametrize(
+    "result",
+    [{}, {"psnr": torch.tensor([float("nan")])}, {"psnr": torch.ones(2)}],
+    ids=["missing", "not a number", "another shape"],
+)
+def test_a_result_that_cannot_be_compared_fails(monkeypatch, result):
+    monkeypatch.setitem(cases.CASES, "metrics", lambda case: result)
+    report = verify(GOLDEN / "metrics")
+    assert report.exit_status == 1
+    assert all(m.error == float("inf") for m in report.outcomes[0].measured)
+
+
+def test_a_missing_key_fails_that_case_by_name_and_the_others_run(tmp_path):
+    copy_case("metrics", tmp_path)
+    path = copy_case("dit_patch2", tmp_path) / "weights.safetensors"
+    weights = load_file(path)
+    del weights["t_embedder.W"]
+    save_file(weights, path)
+    report = verify(tmp_path)
+    broken, fine = report.outcomes
+    assert "t_embedder.W" in broken.problem
+    assert fine.passed
+    assert report.exit_status == 1
+    print_report(report, Console(width=200, file=(page := io.StringIO())))
+    assert "1 cases passed, 1 failed, 0 not built yet" in page.getvalue()
+
+
+def test_folders_that_are_no_fixtures_are_refused(tmp_path):
+    with pytest.raises(FixtureError, match="holds no case"):
+        verify(tmp_path)
+    folder = copy_case("metrics", tmp_path)
+    content = json.loads((folder / "case.json").read_text())
+    (folder / "case.json").write_text(json.dumps(content | {"case": "vae"}))
+    with pytest.raises(ValueError, match=r"unknown case 'vae'; known are encoder, .*ditdh"):
+        verify(tmp_path)
+    del content["tolerance"]
+    (folder / "case.json").write_text(json.dumps(content))
+    with pytest.raises(FixtureError, match="not a complete case: KeyError 'tolerance'"):
+        verify(tmp_path)
+
+
+def test_variants_find_the_function_of_their_kind():
+    assert cases.find_case("ditdh_wide") is cases.find_case("dit") is cases.network
+    assert cases.find_case("encoder_dinov3") is cases.encoder
+    assert cases.find_case("encode_noised") is cases.encode_noised
