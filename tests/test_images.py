@@ -22,7 +22,7 @@ from rae.data.images import (
     to_bytes,
     to_unit,
 )
-from rae.data.order import batch_positions, epoch_order, image_index, noise_draws, view_draws
+from rae.data.order import batch_positions, crop_draws, epoch_order, image_index, mirrored, noise_draws
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -163,7 +163,8 @@ def test_noise_of_an_image_does_not_depend_on_its_batch():
     many, _ = noise_draws(range(4000), seed=0, shape=(4,))
     assert abs(many.mean()) < 5 / 4000**0.5
     assert abs((many[1:] * many[:-1]).mean()) < 5 / 4000**0.5  # neighbours are independent
-    assert abs(np.mean([view_draws(p, 0) for p in range(4000)]) - 0.5) < 5 * 12**-0.5 / 12000**0.5
+    assert abs(np.mean([crop_draws(p, 0) for p in range(4000)]) - 0.5) < 5 * 12**-0.5 / 8000**0.5
+    assert abs(np.mean([mirrored(p, 0) for p in range(4000)]) - 0.5) < 5 * 0.5 / 4000**0.5
 
 
 def test_stream_yields_the_same_with_and_without_workers(folder):

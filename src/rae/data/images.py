@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 
 from rae.config import Config
-from rae.data.order import epoch_order, image_index, view_draws
+from rae.data.order import crop_draws, epoch_order, image_index, mirrored
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 # Colour photographs that lie inside the scikit-image package itself; the others would be downloaded.
@@ -210,12 +210,11 @@ class Stream(Views):
         wanted = image_index(position, len(self.images), self.seed)
         index, image, label = read(self.images, wanted, self.config.on_broken)
         self.check_size(index, image)
-        row, column, mirror = view_draws(position, self.seed)
         if self.config.crop == "random":
-            image = random_crop(image, self.size, (row, column))
+            image = random_crop(image, self.size, crop_draws(position, self.seed))
         else:
             image = center_crop(image, self.size)
-        if self.config.flip and mirror < 0.5:
+        if self.config.flip and mirrored(position, self.seed):
             image = image[:, ::-1]
         return {"image": to_tensor(image), "label": label, "index": index, "position": position}
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-_ORDER, _VIEW, _NOISE = range(3)  # independent families of draws under one seed
+_ORDER, _CROP, _FLIP, _NOISE = range(4)  # independent families of draws under one seed
 
 
 @functools.lru_cache(maxsize=4)
@@ -30,9 +30,14 @@ def image_index(position: int, n: int, seed: int) -> int:
     return int(epoch_order(seed, epoch, n)[within])
 
 
-def view_draws(position: int, seed: int) -> np.ndarray:
-    """Three draws from U[0, 1) that place the crop (row, column) and decide the flip of one position."""
-    return np.random.default_rng((_VIEW, seed, position)).random(3)
+def crop_draws(position: int, seed: int) -> np.ndarray:
+    """Two draws from U[0, 1) that place the crop of one position: row, column."""
+    return np.random.default_rng((_CROP, seed, position)).random(2)
+
+
+def mirrored(position: int, seed: int) -> bool:
+    """Whether the image at `position` is mirrored, where the run mirrors images at all: every second one, at random."""
+    return bool(np.random.default_rng((_FLIP, seed, position)).random() < 0.5)
 
 
 def noise_draws(positions: Sequence[int], seed: int, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,378 @@
+"""The run folder and what happens around a training loop: resuming, logging, progress, signals, the end.
+
+runs/x/
+    recipe.yaml     what was asked for; a resumed run must ask for the same
+    log.jsonl       one line per event or interval, each with `images` seen
+    samples/        a sheet of pictures every now and then
+    checkpoints/    see checkpoint.py
+"""
+
+import contextlib
+import fcntl
+import importlib.util
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import yaml
+from accelerate import Accelerator
+from pydantic import PositiveInt
+from rich.console import Console
+from rich.table import Table
+
+from rae.config import Config, ConfigError, load_recipe
+from rae.data.images import Stream
+from rae.data.order import batch_positions, image_index
+from rae.training.checkpoint import checkpoints, newest_checkpoint, save_checkpoint
+from rae.training.display import progress
+from rae.training.durations import Duration, in_images
+from rae.training.optim import OptimConfig, lr_factor, set_lr
+
+T = TypeVar("T")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# What a resumed run may ask for differently: how long, how often, how it is watched, how fast images are decoded.
+FREE = {"run.duration", "run.log_every", "run.save_every", "run.evaluate_every", "run.keep", "run.trackers"}
+FREE |= {"data.workers"}
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot start or go on; the message says what to do."""
+
+
+class RunConfig(Config):
+    """Length, batch and intervals of a run."""
+
+    duration: Duration
+    batch: PositiveInt  # images of one optimiser step, all processes together
+    micro_batch: PositiveInt | None = None  # images that a process takes at a time; None = its part of the batch
+    precision: Literal["fp32", "bf16"] = "fp32"  # what the trained model's matrix products compute in
+    log_every: Duration = "50st"
+    evaluate_every: Duration = "10%"  # held-out loss and a sheet of pictures
+    evaluate_images: PositiveInt = 256  # of the held-out ones, at most
+    save_every: Duration = "10%"
+    keep: PositiveInt = 2  # newest checkpoints that stay
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+
+
+class Run:
+    """One run folder at work. Entered with `with`; only the first process writes.
+
+    Attributes:
+        folder, config: of the run.
+        accelerator: placement of models and, with several processes, the talk between them.
+        total: images of the whole run; `every[...]` are the intervals in images.
+        local_batch: images of this process in one step; `micro_batch` of them at a time.
+        checkpoint: the one to go on from, or None.
+        seen: images seen.
+        stop: the signal that asked for the end, or None.
+    """
+
+    def __init__(self, folder: str | Path, recipe: Config, epoch: int) -> None:
+        """Open a new or interrupted run.
+
+        Args:
+            folder: made if it does not exist.
+            recipe: with a section `run` (RunConfig).
+            epoch: images in an epoch, for durations given in epochs.
+
+        Raises:
+            ConfigError: another recipe than the one the folder was begun with; a length or batch that cannot be.
+            CheckpointError: the newest checkpoint is damaged.
+            TrainingError: not a run folder, in use by another process, or a tracker that is not installed.
+        """
+        self.folder, self.recipe, self.config = Path(folder), recipe, recipe.run
+        config, batch = self.config, self.config.batch
+        _check_trackers(config.trackers)
+        self.total = in_images(config.duration, batch=batch, epoch=epoch)
+        if self.total == 0:
+            raise ConfigError(f"run.duration {config.duration} is less than one batch of {batch} images.")
+        convert = {"batch": batch, "epoch": epoch, "total": self.total}
+        self.every = {
+            name: max(in_images(getattr(config, f"{name}_every"), **convert), batch)
+            for name in ("log", "evaluate", "save")
+        }
+        self.accelerator = Accelerator(log_with=list(config.trackers) or None, project_dir=folder)
+        if batch % self.accelerator.num_processes:
+            raise ConfigError(f"run.batch {batch} cannot be shared by {self.accelerator.num_processes} processes.")
+        self.local_batch = batch // self.accelerator.num_processes
+        self.micro_batch = config.micro_batch or self.local_batch
+        self.main = self.accelerator.is_main_process
+        self.console = Console(stderr=True, quiet=not self.main)
+        self.seen, self.stop, self._window, self._broken = 0, None, {}, set()
+        if self.main:
+            self._lock = _claim(self.folder)
+            _check_recipe(self.folder, recipe)
+            newest_checkpoint(self.folder)
+        self.accelerator.wait_for_everyone()
+        self.checkpoint = (checkpoints(self.folder) or [None])[-1]
+
+    def __enter__(self) -> "Run":
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(self._signals())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+        if self.config.trackers:
+            self.accelerator.end_training()
+        if self.main:
+            self._lock.close()
+
+    @property
+    def finished(self) -> bool:
+        return self.seen >= self.total
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps made."""
+        return self.seen // self.config.batch
+
+    def schedule(self, config: OptimConfig, optimizers: list[torch.optim.Optimizer], epoch: int) -> Callable[[], float]:
+        """A function that sets the learning rate of the coming step, and returns it."""
+        warmup, decay_end = (
+            in_images(duration, batch=self.config.batch, epoch=epoch, total=self.total) // self.config.batch
+            for duration in (config.warmup, config.decay_end)
+        )
+
+        def apply() -> float:
+            factor = lr_factor(
+                self.step,
+                schedule=config.schedule,
+                warmup=warmup,
+                decay_end=decay_end,
+                final=(config.final_lr or config.lr) / config.lr,
+                warmup_from_zero=config.warmup_from_zero,
+            )
+            set_lr(optimizers, factor * config.lr)
+            return factor * config.lr
+
+        return apply
+
+    def positions(self) -> Iterator[range]:
+        """The stream positions of this process in each coming step."""
+        accelerator = self.accelerator
+        rank, world = accelerator.process_index, accelerator.num_processes
+        return batch_positions(self.seen, self.total, self.config.batch, rank=rank, world=world)
+
+    def accumulate(self, network: torch.nn.Module, parts: Iterable[T]) -> Iterator[T]:
+        """The micro-batches of a step; processes exchange gradients with the last one only."""
+        count = math.ceil(self.local_batch / self.micro_batch)
+        for number, part in enumerate(parts, start=1):
+            with self.accelerator.no_sync(network) if number < count else contextlib.nullcontext():
+                yield part
+
+    def step_optimizers(self, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> float:
+        """Clip the gradients, step, clear them; returns their norm before clipping."""
+        clip = self.recipe.optim.clip
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return float(norm)
+
+    def resume(self, state: dict[str, Any], identity: dict[str, str]) -> None:
+        """Go on from a checkpoint's `state`, provided that data and latents are still the same."""
+        for name, now in identity.items():
+            if state["identity"][name] != now:
+                raise TrainingError(
+                    f"{self.folder} was trained on {name} {state['identity'][name][:12]}, this is {name} {now[:12]}: "
+                    "files were added, removed or changed. Restore them, or begin a new run in another folder."
+                )
+        self.seen, self._window = state["images"], state["window"]
+        self._say(f"resumed at {self.seen:,} of {self.total:,} images")
+
+    def state(self, identity: dict[str, str]) -> dict[str, Any]:
+        """What `resume` needs."""
+        return {"images": self.seen, "identity": identity, "window": self._window}
+
+    def begin(self) -> None:
+        """Open progress, log and trackers: everything is loaded and the loop starts."""
+        if self.main:
+            _truncate_log(self.folder / "log.jsonl", self.seen)
+        if self.config.trackers:
+            self.accelerator.init_trackers(self.folder.resolve().name)
+        self._clock, self._clock_seen = time.monotonic(), self.seen
+        self._advance = self._stack.enter_context(
+            progress("training", self.total, start=self.seen, console=self.console)
+        )
+
+    def finish_step(self, **figures: float) -> None:
+        """Count one step; `figures` are averaged until the next line of the log."""
+        self.seen += self.config.batch
+        for name, value in figures.items():
+            self._window.setdefault(name, []).append(value)
+        self._advance(self.seen, " ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+
+    def due(self, what: Literal["log", "evaluate", "save"]) -> bool:
+        return self.seen % self.every[what] == 0 or self.finished or (what == "save" and self.stop is not None)
+
+    def log(self, **figures: float) -> None:
+        """Write the averages since the last line, and `figures`, to log.jsonl and the trackers."""
+        now = time.monotonic()
+        rate = (self.seen - self._clock_seen) / (now - self._clock)
+        self._clock, self._clock_seen = now, self.seen
+        means = {name: sum(values) / len(values) for name, values in self._window.items()}
+        self._window = {}
+        self.record(**means, **figures, images_per_second=round(rate, 2))
+
+    def record(self, **figures: Any) -> None:
+        if self.main:
+            line = {"images": self.seen, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **figures}
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        if self.config.trackers:
+            self.accelerator.log(figures, step=self.seen)
+
+    def average(self, losses: torch.Tensor) -> list[float]:
+        """Mean over all processes of a step's losses. Also makes them agree on whether to stop after this step.
+
+        Raises:
+            TrainingError: one is not finite.
+        """
+        mine = torch.cat([losses, losses.new_tensor([self.stop or 0])])
+        everyone = self.accelerator.gather(mine[None])
+        values, self.stop = everyone[:, :-1].mean(0).tolist(), int(everyone[:, -1].max()) or None
+        if not all(map(math.isfinite, values)):
+            kept = checkpoints(self.folder)
+            raise TrainingError(
+                f"the loss is {values[0]} in step {self.step} (images {self.seen:,} to "
+                f"{self.seen + self.config.batch:,}). Its weights are not saved; "
+                f"{f'the last checkpoint is {kept[-1]}' if kept else 'there is no checkpoint yet'}. "
+                "Lower optim.lr, lengthen optim.warmup, or set run.precision: fp32, in a new folder."
+            )
+        return values
+
+    def save(self, write: Callable[[Path], None]) -> None:
+        """Write a checkpoint; where a signal asked for the end, end here with its exit status."""
+        if self.main:
+            save_checkpoint(self.folder, self.seen, write, self.config.keep)
+        self.accelerator.wait_for_everyone()
+        if self.stop is not None and not self.finished:
+            self._say(
+                f"stopped by {signal.Signals(self.stop).name} at {self.seen:,} of {self.total:,} images; all is saved "
+                f"in {self.folder}. Run the same command again to go on."
+            )
+            raise SystemExit(128 + self.stop)
+
+    def report_broken(self, stream: Stream, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict]:
+        """Pass batches of the stream on, and say once of every unreadable image that another took its place."""
+        for batch in batches:
+            for position, index in zip(batch["position"].tolist(), batch["index"].tolist()):
+                wanted = image_index(position, len(stream.images), stream.seed)
+                if wanted != index and wanted not in self._broken:
+                    self._broken.add(wanted)
+                    self.warn(
+                        f"{stream.images.names[wanted]} cannot be read; the next image takes its place "
+                        f"({len(self._broken)} so far)"
+                    )
+                    self.record(broken=stream.images.names[wanted])
+            yield batch
+
+    def warn(self, message: str | None) -> None:
+        if message:
+            self.console.print(f"[yellow]{message}", highlight=False, soft_wrap=True)
+
+    def conclude(self) -> Path:
+        """The table of what the run wrote."""
+        table = Table("written", "what", "size", title=f"{self.seen:,} images seen; this run is finished")
+        rows = {
+            f"checkpoints/{checkpoints(self.folder)[-1].name}/model": "the model, EMA weights",
+            "checkpoints": f"{len(checkpoints(self.folder))} newest checkpoints",
+            "samples": "sheets of pictures",
+            "log.jsonl": "figures",
+            "recipe.yaml": "what was asked for",
+        }
+        for name, what in rows.items():
+            if (self.folder / name).exists():
+                table.add_row(str(self.folder / name), what, _size(self.folder / name))
+        self.console.print(table)
+        return self.folder
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first Ctrl-C or SIGTERM ends the run after its step, a second one at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def receive(number: int, _: object) -> None:
+            self.stop = number
+            signal.signal(number, before[number])
+            self._say(f"{signal.Signals(number).name}: finishing the step and saving; once more to end at once")
+
+        before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _claim(folder: Path) -> Any:
+    """Lock the run's folder until the process ends, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "recipe.yaml").exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise TrainingError(f"{folder} holds files but no run (no recipe.yaml); give a new folder.")
+    lock = open(folder / ".lock", "w")  # noqa: SIM115, open for as long as the run is
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise TrainingError(f"another process is training in {folder}; end it, or give another folder.") from error
+    return lock
+
+
+def _check_recipe(folder: Path, recipe: Config) -> None:
+    """Keep the recipe of a new run; refuse to go on with another one, except for what is `FREE`."""
+    path, asked = folder / "recipe.yaml", _flatten(recipe.model_dump(mode="json"))
+    if path.exists():
+        begun = _flatten(load_recipe(type(recipe), path).model_dump(mode="json"))
+        changed = [key for key in asked.keys() | begun.keys() if asked.get(key) != begun.get(key) and key not in FREE]
+        if changed:
+            lines = "\n".join(f"  {key}: {begun.get(key)!r} -> {asked.get(key)!r}" for key in sorted(changed))
+            raise ConfigError(
+                f"{folder} was begun with another recipe:\n{lines}\n"
+                f"Begin a new run in another folder, or ask for the same; only {', '.join(sorted(FREE))} may change."
+            )
+    aside = folder / ".tmp-recipe.yaml"
+    aside.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    os.replace(aside, path)
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _check_trackers(trackers: tuple[str, ...]) -> None:
+    for name in trackers:
+        if importlib.util.find_spec(name) is None:
+            raise TrainingError(f"run.trackers names {name}, which is not installed: pip install {name}")
+
+
+def _truncate_log(path: Path, seen: int) -> None:
+    """Drop what a killed run wrote after its last checkpoint, which will be written again."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["images"] <= seen]
+    aside = path.with_name(".tmp-log.jsonl")
+    aside.write_text("".join(kept))
+    os.replace(aside, path)
+
+
+def _size(path: Path) -> str:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return f"{sum(file.stat().st_size for file in files) / 2**20:,.1f} MiB"
