@@ -60,29 +60,26 @@ class Encoder(nn.Module):
     The network is frozen and always in evaluation mode. It computes in the type of its parameters (float32, until
     `encoder.to(torch.bfloat16)`); preprocessing, the final LayerNorm and the tokens are float32. `load_encoder` makes
     one.
+
+    Attributes:
+        config: what it is and where it comes from.
+        width: C, channels of a token.
+        patch_size: pixels per side of a token, at the network's input.
+        grid: (h, w) of the tokens.
+        mean, std: normalisation of the input, three numbers each.
     """
 
     def __init__(self, network: nn.Module, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        setattr(
-            network, FAMILIES[config.family].norm, nn.Identity()
-        )  # its affine parameters are not used: see `features`
+        self.width = config.width
+        self.patch_size = config.patch_size
+        self.grid = config.input_size[0] // config.patch_size, config.input_size[1] // config.patch_size
+        self.mean, self.std = config.mean, config.std
+        # The final LayerNorm is applied in `features`, without the affine parameters that this one has.
+        setattr(network, FAMILIES[config.family].norm, nn.Identity())
         self.network = network.eval().requires_grad_(False)
         self._checksum = weights_sha256(network.state_dict().values())
-
-    width = property(lambda self: self.config.width, doc="C, channels of a token.")
-    patch_size = property(
-        lambda self: self.config.patch_size, doc="Pixels per side of a token, at the network's input."
-    )
-    mean = property(lambda self: self.config.mean, doc="Mean per channel that is taken off the input.")
-    std = property(lambda self: self.config.std, doc="Standard deviation per channel that the input is divided by.")
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(h, w) of the tokens."""
-        height, width = self.config.input_size
-        return height // self.patch_size, width // self.patch_size
 
     def checksum(self) -> str:
         """SHA-256 (hex) of the float32 weights as they were loaded, without the unused final affine parameters."""
@@ -286,7 +283,8 @@ def _read_shape(folder: Path) -> tuple[str, dict[str, Any]]:
             "(a new one is a row in rae/autoencoder/families.py)."
         )
     row = FAMILIES[family]
-    config = getattr(transformers, row.model).config_class.from_pretrained(folder)
+    with _quiet():
+        config = getattr(transformers, row.model).config_class.from_pretrained(folder)
     return family, {
         "width": config.hidden_size,
         "depth": config.num_hidden_layers,

@@ -74,7 +74,7 @@ _UNMASKED, _NO_HEAD, _NO_POOLER = {"mask_ratio": 0.0}, {"vision_use_head": False
 # antialiased bicubic interpolation, the others by plain bicubic, DINOv3 not at all (its positions are rotary).
 # fmt: off
 FAMILIES = {
-    #                              model                       norm        class tokens, registers, ask, ignored, settings
+    #                              model                       norm      class tokens, registers, ask, ignored, settings
     "dinov2":                Family("Dinov2Model",              "layernorm",      1, False, False, _HEADS, {}),
     "dinov2_with_registers": Family("Dinov2WithRegistersModel", "layernorm",      1, True,  False, _HEADS, {}),
     "dinov3_vit":            Family("DINOv3ViTModel",           "norm",           1, True,  False, _HEADS, {}),

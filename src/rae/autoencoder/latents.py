@@ -106,7 +106,7 @@ class LatentStats:
         """
         shape = tuple(self.mean.shape)
         if latents.ndim != 4 or tuple(latents.shape[1:]) != shape or len(latents) == 0:
-            raise ValueError(f"latents of shape {list(latents.shape)} do not fit statistics of [B, *{list(shape)}].")
+            raise ValueError(f"latents of shape {list(latents.shape)} do not fit statistics of {['B', *shape]}.")
         # MPS has no float64.
         x = latents.detach().to("cpu" if latents.device.type == "mps" else latents.device, torch.float64)
         mean = x.mean(dim=0)

