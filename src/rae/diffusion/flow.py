@@ -125,15 +125,23 @@ class Flow(Config):
     def velocity(self, network: Network) -> Network:
         """The network's prediction turned into a velocity, which is all that samplers and guidance see.
 
-        A noise prediction says nothing of the velocity at t = 1, where x_t is the noise itself; its 1 - t is
-        taken to be at least that of the last training time, 1 - shift(t_max).
+        At t = 0 the data, at t = 1 the noise is x_t itself and its prediction says nothing of the velocity. So an x
+        prediction is asked for at t >= shift(1 - t_max), a noise prediction at t <= shift(t_max), the last training
+        time: the velocity beyond is taken to be the one there.
         """
         if self.prediction == "v":
             return network
-        if self.prediction == "x":
-            return lambda x, t, y: velocity_from_data(network(x, t, y), x, t)
-        latest = float(shift_time(torch.tensor(self.t_max, dtype=torch.float64), self.shift))
-        return lambda x, t, y: velocity_from_noise(network(x, t, y), x, t.clamp(max=latest))
+        first, last = shift_time(torch.tensor([1 - self.t_max, self.t_max], dtype=torch.float64), self.shift).tolist()
+
+        def from_data(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            t = t.clamp(min=first)
+            return velocity_from_data(network(x, t, y), x, t)
+
+        def from_noise(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            t = t.clamp(max=last)
+            return velocity_from_noise(network(x, t, y), x, t)
+
+        return from_data if self.prediction == "x" else from_noise
 
 
 def _per_sample(t: Tensor, like: Tensor) -> Tensor:
