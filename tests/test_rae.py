@@ -172,6 +172,19 @@ def test_another_encoder_is_refused(network, rae, tmp_path):
         RAE.from_pretrained(tmp_path / "saved", encoder=encoder)
 
 
+def test_an_encoder_that_has_moved_can_be_passed(network, rae, tmp_path):
+    rae.save_pretrained(tmp_path / "saved")
+    moved = network.rename(network.with_name("moved"))
+    try:
+        with pytest.raises(SourceError, match="is gone"):
+            RAE.from_pretrained(tmp_path / "saved")
+        encoder = load_encoder(moved, image_size=(16, 24), **NORMALISATION)
+        loaded = RAE.from_pretrained(tmp_path / "saved", encoder=encoder)
+    finally:
+        moved.rename(network)
+    assert loaded.latent_identity == rae.latent_identity
+
+
 def test_damaged_and_foreign_folders_are_named(rae, tmp_path):
     saved = tmp_path / "saved"
     rae.save_pretrained(saved)

