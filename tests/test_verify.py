@@ -13,8 +13,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from rae.interop import cases
-from rae.interop.verify import FixtureError, print_report, verify
+from rae.interop import cases, fixtures
+from rae.interop.fixtures import FixtureError
+from rae.interop.verify import print_report, verify
 
 GOLDEN = Path(__file__).parent / "golden"
 NOT_BUILT = {"adaptive_weight", "gan_losses"}
@@ -69,8 +70,8 @@ def test_a_wrong_epsilon_fails(monkeypatch):
                 module.eps = 1e-6
         return decoder
 
-    convert_decoder = cases.convert_decoder
-    monkeypatch.setattr(cases, "convert_decoder", convert)
+    convert_decoder = fixtures.convert_decoder
+    monkeypatch.setattr(fixtures, "convert_decoder", convert)
     report = verify(GOLDEN / "decoder_token_interp")
     assert not report.outcomes[0].passed
     assert report.exit_status == 1
@@ -109,7 +110,7 @@ def test_folders_that_are_no_fixtures_are_refused(tmp_path):
     folder = copy_case("metrics", tmp_path)
     content = json.loads((folder / "case.json").read_text())
     (folder / "case.json").write_text(json.dumps(content | {"case": "vae"}))
-    with pytest.raises(ValueError, match=r"unknown case 'vae'; known are encoder, .*ditdh"):
+    with pytest.raises(FixtureError, match=r"unknown case 'vae'; known are encoder, .*ditdh"):
         verify(tmp_path)
     del content["tolerance"]
     (folder / "case.json").write_text(json.dumps(content))

@@ -44,7 +44,7 @@ class Moments:
             self._add(other.count, other.mean, other.m2)
 
     def _add(self, count: int, mean: Tensor, m2: Tensor) -> None:
-        # Chan, Golub & LeVeque 1979: the scatter of a union is the sum of scatters plus that of the two means
+        # Chan, Golub and LeVeque (1983): the scatter of a union is the sum of scatters plus that of the two means
         total = self.count + count
         step = mean - self.mean
         self.m2 = self.m2 + m2 + torch.outer(step, step) * (self.count * count / total)

@@ -1,32 +1,25 @@
 """One function per kind of reference case: the case's inputs -> our results, by the names of its expected outputs.
 
-They call what a user would call, and read weights through `official.py`. `verify.py` measures the results.
+They call what a user would call; weights come through `official.py`. `verify.py` measures the results.
 """
 
-import json
 import re
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rae.autoencoder.decoder import position_table
-from rae.autoencoder.encoders import Encoder, EncoderConfig, load_encoder
 from rae.autoencoder.latents import LatentStats, add_noise, draw_sigma, standardise, tokens_to_map
-from rae.autoencoder.rae import RAE
 from rae.data.images import center_crop
 from rae.diffusion.dit import rotary_angles, sincos_table
 from rae.diffusion.flow import Flow, interpolate, shift_factor
 from rae.diffusion.guidance import CFG, AutoGuidance, drop_labels
-from rae.diffusion.model import DiffusionModel
 from rae.diffusion.sampling import dopri5, euler, euler_maruyama, heun, heun_sde, last_step, time_grid
 from rae.evaluation.frechet import Moments, frechet_distance
 from rae.evaluation.reconstruction import psnr
-from rae.interop.official import convert_decoder, convert_stage2, running_statistics
+from rae.interop.fixtures import Case, FixtureError, untrained_encoder
+from rae.interop.official import running_statistics
 from rae.training.optim import OptimConfig, build_optimizers, lr_factor, make_ema, set_lr, update_ema
 
 Results = dict[str, Tensor]
@@ -37,27 +30,15 @@ class NotBuilt(NotImplementedError):
     """A case about a part of the project that does not exist yet."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """A case as read from its folder; `hyper` is the "hyperparameters" of case.json."""
-
-    kind: str
-    folder: Path
-    hyper: dict
-    inputs: dict[str, Tensor]
-    expected: dict[str, Tensor]
-    tolerance: dict
-
-
 def find_case(kind: str) -> Callable[[Case], Results]:
     """The function for a kind of case. Variants carry a suffix: "ditdh_qknorm" is a "ditdh".
 
     Raises:
-        ValueError: an unknown kind.
+        FixtureError: an unknown kind.
     """
     fitting = [known for known in CASES if kind == known or kind.startswith(f"{known}_")]
     if not fitting:
-        raise ValueError(f"unknown case {kind!r}; known are {', '.join(CASES)}, and variants of them (dit_...).")
+        raise FixtureError(f"unknown case {kind!r}; known are {', '.join(CASES)}, and variants of them (dit_...).")
     return CASES[max(fitting, key=len)]
 
 
@@ -65,49 +46,43 @@ def find_case(kind: str) -> Callable[[Case], Results]:
 
 
 def encoder(case: Case) -> Results:
-    mean, var = case.inputs["latent_mean"], case.inputs["latent_var"]
     results = {}
     for suffix in ("", "_same_size"):
         images = case.inputs[f"images{suffix}"]
-        model = _encoder(case, images)
-        tokens = model(images)
-        latents = tokens_to_map(tokens, model.grid)
+        model = case.encoder(images)
         results |= {
             f"model_input{suffix}": model.preprocess(images),
-            f"tokens{suffix}": tokens,
-            f"latents_unnormalized{suffix}": latents,
-            f"latents{suffix}": standardise(latents, mean, var),
+            f"tokens{suffix}": model(images),
+            f"latents_unnormalized{suffix}": case.autoencoder(model).encode(images),
+            f"latents{suffix}": case.autoencoder(model, stats=case.latent_statistics).encode(images),
         }
     return results
 
 
 def encode_noised(case: Case) -> Results:
-    images, normal = case.inputs["images"], case.inputs["normal_draw"]
-    model = _encoder(case, images)
-    tokens = model(images)
+    model = case.encoder(case.inputs["images"])
+    tokens = model(case.inputs["images"])
     sigma = draw_sigma("uniform", case.hyper["noise_tau"], case.inputs["uniform_draw"].flatten())
-    noised = tokens_to_map(add_noise(tokens, sigma, normal), model.grid)
-    return {"tokens": tokens, "latents": standardise(noised, case.inputs["latent_mean"], case.inputs["latent_var"])}
+    noised = tokens_to_map(add_noise(tokens, sigma, case.inputs["normal_draw"]), model.grid)
+    eps = case.hyper["latent_normalization_eps"]
+    return {"tokens": tokens, "latents": standardise(noised, *case.latent_statistics, eps)}
 
 
 def decoder(case: Case) -> Results:
-    hyper = case.hyper
-    model = convert_decoder(_weights(case), heads=hyper["decoder_num_attention_heads"])
-    side = int(hyper["num_latent_tokens"] ** 0.5)
-    tokens = case.inputs["latent_tokens"]
-    return {"logits": model.patches(tokens, (side, side)), "image": model(tokens, (side, side))}
+    model, tokens = case.decoder(), case.inputs["latent_tokens"]
+    grid = (int(case.hyper["num_latent_tokens"] ** 0.5),) * 2
+    return {"logits": model.patches(tokens, grid), "image": model(tokens, grid)}
 
 
 def rae_decode(case: Case) -> Results:
-    hyper, z = case.hyper, case.inputs["latents"]
-    model = convert_decoder(_weights(case), heads=hyper["decoder_num_attention_heads"])
-    stats = case.inputs["latent_mean"], case.inputs["latent_var"]
+    z, model = case.inputs["latents"], case.decoder()
 
     def decode(mean: list[float], std: list[float]) -> Tensor:
-        return RAE(_untrained_encoder(z.shape[1:], mean, std), model, stats).decode(z)
+        encoder = untrained_encoder(z.shape[1:], mean, std)
+        return case.autoencoder(encoder, model, case.latent_statistics).decode(z)
 
     return {
-        "image": decode(hyper["image_mean"], hyper["image_std"]),
+        "image": decode(case.hyper["image_mean"], case.hyper["image_std"]),
         "image_mean_std_half": decode([0.5] * 3, [0.5] * 3),
     }
 
@@ -139,7 +114,7 @@ def position_tables(case: Case) -> Results:
 
 
 def network(case: Case) -> Results:
-    net = _stage2(case, case.hyper, UNSHIFTED).network
+    net = case.diffusion_model(case.hyper, UNSHIFTED).network
     x, t, y = (case.inputs[key] for key in "xty")
     seen = {}
     net.blocks[0].register_forward_hook(lambda _, __, out: seen.update(block0=out))
@@ -153,7 +128,7 @@ def network(case: Case) -> Results:
 
 
 def cfg(case: Case) -> Results:
-    model = _stage2(case, case.hyper, UNSHIFTED)
+    model = case.diffusion_model(case.hyper, UNSHIFTED)
     x, y, null = case.inputs["x"], case.inputs["y"], torch.full_like(case.inputs["y"], model.null_label)
     rows = _runs(case)
     return {
@@ -164,8 +139,8 @@ def cfg(case: Case) -> Results:
 
 
 def autoguidance(case: Case) -> Results:
-    main = _stage2(case, case.hyper["main_model"], UNSHIFTED)
-    weak = _stage2(case, case.hyper["guidance_model"], UNSHIFTED, "weights_guidance")
+    main = case.diffusion_model(case.hyper["main_model"], UNSHIFTED)
+    weak = case.diffusion_model(case.hyper["guidance_model"], UNSHIFTED, "weights_guidance")
     x, y = case.inputs["x"], case.inputs["y"]
     rows = _runs(case)
     return {
@@ -205,17 +180,17 @@ def transport(case: Case) -> Results:
 
 def sample_ode(case: Case) -> Results:
     hyper, (x, y) = case.hyper, (case.inputs["noise"], case.inputs["y"])
-    flow = Flow(shift=shift_factor(**_renamed(hyper["time_shift"])))
-    main = _stage2(case, hyper["main_model"], flow)
-    weak = _stage2(case, hyper["guidance_model"], flow, "weights_guidance")
-    cfg, autoguided = CFG(**hyper["cfg"]).wrap(main), AutoGuidance(weak, **hyper["autoguidance"]).wrap(main)
+    flow = Flow(shift=case.shift)
+    main = case.diffusion_model(hyper["main_model"], flow)
+    weak = case.diffusion_model(hyper["guidance_model"], flow, "weights_guidance")
+    guided, autoguided = CFG(**hyper["cfg"]).wrap(main), AutoGuidance(weak, **hyper["autoguidance"]).wrap(main)
     runs = {
         "grid": lambda times: times,
         "euler": lambda times: euler(main, x, y, times),
         "heun2_": lambda times: heun(main, x, y, times),
         "dopri5_": lambda times: dopri5(main, x, y, times, rtol=hyper["rtol"], atol=hyper["atol"]),
         "dopri5_tight_": lambda t: dopri5(main, x, y, t, rtol=hyper["tight_rtol"], atol=hyper["tight_atol"]),
-        "cfg": lambda times: euler(cfg, x, y, times),
+        "cfg": lambda times: euler(guided, x, y, times),
         "autoguidance": lambda times: euler(autoguided, x, y, times),
     }
     results = {}
@@ -228,7 +203,7 @@ def sample_ode(case: Case) -> Results:
 
 def sample_sde(case: Case) -> Results:
     hyper, (x, y, noise) = case.hyper, (case.inputs[key] for key in ("start", "y", "noise"))
-    model = _stage2(case, hyper["model"], Flow(shift=shift_factor(**_renamed(hyper["time_shift"]))))
+    model = case.diffusion_model(hyper["model"], Flow(shift=case.shift))
     samplers = {"euler": euler_maruyama, "heun": heun_sde}
     results = {}
     for name in case.expected:
@@ -246,7 +221,7 @@ def sample_sde(case: Case) -> Results:
 
 def training_loss(case: Case) -> Results:
     flow = _training_flow(case)
-    model = _stage2(case, case.hyper["model"], flow).requires_grad_(True)
+    model = case.diffusion_model(case.hyper["model"], flow).requires_grad_(True)
     x, noise = case.inputs["x1"], case.inputs["noise"]
     t = flow.times(case.inputs["u_t"])
     y = drop_labels(
@@ -274,7 +249,7 @@ def schedules(case: Case) -> Results:
     for name, settings in case.hyper["schedules"].items():
         rates = [settings["base_lr"] * _lr_factor(step, settings, case.hyper) for step in case.hyper["steps"]]
         results[f"lr_{name}"] = torch.tensor(rates)
-    average, online = nn.Linear(5, 1, bias=False), nn.Linear(5, 1, bias=False)
+    average, online = (nn.Linear(len(case.inputs["ema_start"]), 1, bias=False) for _ in range(2))
     nn.utils.vector_to_parameters(case.inputs["ema_start"], average.parameters())
     history = []
     for values in case.inputs["params"]:
@@ -286,7 +261,7 @@ def schedules(case: Case) -> Results:
 
 def training_steps(case: Case) -> Results:
     hyper, flow = case.hyper, _training_flow(case)
-    model = _stage2(case, hyper["model"], flow).requires_grad_(True)
+    model = case.diffusion_model(hyper["model"], flow).requires_grad_(True)
     net, ema = model.network, make_ema(model.network)
     settings = hyper["optimizer"]
     config = OptimConfig(lr=settings["lr"], betas=settings["betas"], weight_decay=settings["weight_decay"], ema=0)
@@ -373,68 +348,9 @@ CASES: dict[str, Callable[[Case], Results]] = {
 # --- what several cases share ----------------------------------------------------------------------------------------
 
 
-def _weights(case: Case, name: str = "weights") -> Path:
-    return case.folder / f"{name}.safetensors"
-
-
-def _encoder(case: Case, images: Tensor) -> Encoder:
-    """The case's encoder for images of this size, through a folder like those that transformers writes."""
-    hyper = case.hyper
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(hyper["encoder_config"]))
-        save_file(load_file(_weights(case)), Path(folder) / "model.safetensors", metadata={"format": "pt"})
-        return load_encoder(
-            folder,
-            image_size=tuple(images.shape[2:]),
-            input_size=hyper["encoder_input_size"],
-            mean=hyper["image_mean"],
-            std=hyper["image_std"],
-        )
-
-
-def _untrained_encoder(latent_shape: Sequence[int], mean: list[float], std: list[float]) -> Encoder:
-    """An encoder with random weights, for decoding: of an encoder, that needs the image's mean and std alone."""
-    from transformers import Dinov2Config, Dinov2Model
-
-    width, *grid = latent_shape
-    network = Dinov2Model(
-        Dinov2Config(hidden_size=width, num_hidden_layers=1, num_attention_heads=1, image_size=grid[0], patch_size=1)
-    )
-    config = EncoderConfig(
-        name="untrained",
-        source="none",
-        family="dinov2",
-        width=width,
-        depth=1,
-        heads=1,
-        patch_size=1,
-        prefix_tokens=1,
-        norm_eps=1e-6,
-        mean=mean,
-        std=std,
-        image_size=grid,
-        input_size=grid,
-    )
-    return Encoder(network, config)
-
-
-def _stage2(case: Case, hyper: dict, flow: Flow, name: str = "weights") -> DiffusionModel:
-    depth = hyper["depth"]
-    return convert_stage2(
-        _weights(case, name),
-        flow=flow,
-        head_depth=depth[1] if isinstance(depth, list) else None,
-        mlp_ratio=hyper["mlp_ratio"],
-    )
-
-
 def _runs(case: Case) -> list[tuple[Tensor, float, list[float]]]:
     """Rows of a guidance case: times [B], scale, interval."""
     return list(zip(case.inputs["t_rows"], case.hyper["scales"], case.hyper["intervals"]))
-
-
-def _renamed(time_shift: dict) -> dict:
-    return {"m": time_shift["dim"], "n": time_shift["base"]}
 
 
 def _lr_factor(step: int, settings: dict, hyper: dict) -> float:
@@ -456,7 +372,7 @@ def _lr_factor(step: int, settings: dict, hyper: dict) -> float:
 def _training_flow(case: Case) -> Flow:
     hyper = case.hyper
     return Flow(
-        shift=shift_factor(**_renamed(hyper["time_shift"])),
+        shift=case.shift,
         time_law=hyper["t_distribution"],
         logit_mean=hyper["t_mean"],
         logit_std=hyper["t_std"],

@@ -176,7 +176,12 @@ def running_statistics(processes: Sequence[Iterable[Tensor]], momentum: float = 
 
 
 def convert_decoder(
-    path: str | Path, *, weights: Weights = "ema", heads: int | None = None, grid: tuple[int, int] | None = None
+    path: str | Path,
+    *,
+    weights: Weights = "ema",
+    heads: int | None = None,
+    grid: tuple[int, int] | None = None,
+    norm_eps: float = 1e-12,
 ) -> Decoder:
     """A published decoder, from a decoder file or a whole-autoencoder checkpoint (its encoder.* keys are left out).
 
@@ -185,6 +190,7 @@ def convert_decoder(
         weights: see `read_weights`.
         heads: attention heads; None where a size of `DECODERS` has the file's width, depth and MLP width.
         grid: (h, w) of the tokens if it is not square.
+        norm_eps: eps of the LayerNorms; 1e-12 in every published decoder.
 
     Raises:
         ConversionError: see the module.
@@ -213,6 +219,7 @@ def convert_decoder(
         mlp_width=mlp_width,
         patch_size=patch_size,
         grid=grid or _square(_shape(state, "decoder_pos_embed", path)[1] - 1, path),
+        norm_eps=norm_eps,
     )
     return _load(Decoder(config), state, DECODER_KEYS, path).requires_grad_(False)
 

@@ -1,17 +1,9 @@
 """Parity with reference fixtures: run every case of a folder through our code and measure the largest error.
 
-A case is a folder with
-
-    case.json              "case" (what it is), "hyperparameters", "tensors" (name -> role, ...), "tolerance"
-    tensors.safetensors    inputs and expected outputs
-    weights*.safetensors   weights under the published key names, where there are any
-
 The error of an output is max |result - expected| / std(expected), and for a single number the relative difference.
-`cases.py` holds one function per kind of case; everything it needs comes from the case's own files, so a folder with
-other sizes and seeds runs as well.
+`fixtures.py` says what a case is, `cases.py` holds one function per kind of case.
 """
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
-from safetensors.torch import load_file
 from torch import Tensor
 
-from rae.interop.cases import Case, NotBuilt, find_case
-
-
-class FixtureError(ValueError):
-    """A folder that is not one of fixtures, or a case that cannot be read."""
+from rae.interop.cases import NotBuilt, find_case
+from rae.interop.fixtures import Case, FixtureError
 
 
 @dataclass(frozen=True)
@@ -86,13 +74,15 @@ def verify(folder: str | Path) -> Report:
     """Run every case in `folder` (its subfolders with a case.json, or itself if it is a case).
 
     Raises:
-        FixtureError: no case there, or one of an unknown kind.
+        FixtureError: no case there, an incomplete one, or one of an unknown kind.
     """
     folder = Path(folder)
     folders = sorted(path.parent for path in [*folder.glob("case.json"), *folder.glob("*/case.json")])
     if not folders:
         raise FixtureError(f"{folder} holds no case: neither it nor a folder in it has a case.json.")
-    cases = [_read_case(path) for path in folders]
+    cases = [Case.read(path) for path in folders]
+    for case in cases:
+        find_case(case.kind)  # an unknown kind is an error before anything runs
     progress = track(cases, "verify", console=Console(stderr=True), transient=True)
     return Report(tuple(_run(case) for case in progress))
 
@@ -100,11 +90,11 @@ def verify(folder: str | Path) -> Report:
 def print_report(report: Report, console: Console | None = None) -> None:
     """A table with the error of every case, of the output nearest to its limit, and one line that sums it up."""
     console = console or Console()
-    table = Table(
-        "case", "outputs", "largest error", "limit", "of", "seconds", "result", title="parity with the reference"
-    )
-    for name in ("outputs", "largest error", "limit", "seconds"):
-        next(column for column in table.columns if column.header == name).justify = "right"
+    table = Table("case", title="parity with the reference")
+    for header in ("outputs", "largest error", "limit"):
+        table.add_column(header, justify="right")
+    for header in ("of", "seconds", "result"):
+        table.add_column(header)
     for outcome in report.outcomes:
         if outcome.problem is not None:
             result = f"[red]failed[/]: {escape(outcome.problem)}" if outcome.built else f"[yellow]{outcome.problem}[/]"
@@ -127,25 +117,6 @@ def print_report(report: Report, console: Console | None = None) -> None:
     console.print(f"{passed} cases passed, {failed} failed, {waiting} not built yet.")
 
 
-def _read_case(folder: Path) -> Case:
-    try:
-        content = json.loads((folder / "case.json").read_text())
-        tensors = load_file(folder / "tensors.safetensors")
-        roles = {name: entry["role"] for name, entry in content["tensors"].items()}
-        case = Case(
-            kind=content["case"],
-            folder=folder,
-            hyper=content["hyperparameters"],
-            inputs={name: tensors[name] for name, role in roles.items() if role == "input"},
-            expected={name: tensors[name] for name, role in roles.items() if role == "output"},
-            tolerance=content["tolerance"],
-        )
-    except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise FixtureError(f"{folder} is not a complete case: {type(error).__name__} {error}.") from error
-    find_case(case.kind)  # an unknown kind is an error before anything runs
-    return case
-
-
 def _run(case: Case) -> Outcome:
     name, start = case.folder.name, time.perf_counter()
     try:
@@ -154,9 +125,8 @@ def _run(case: Case) -> Outcome:
         return Outcome(name, problem=str(error), built=False)
     except Exception as error:  # whatever breaks one case is its outcome; the others still run
         return Outcome(name, problem=f"{type(error).__name__}: {error}")
-    per_tensor = case.tolerance.get("per_tensor", {})
     measured = tuple(
-        Measured(key, _error(results.get(key), expected), per_tensor.get(key, case.tolerance["default"]))
+        Measured(key, _error(results.get(key), expected), case.limits.get(key, case.default_limit))
         for key, expected in case.expected.items()
     )
     return Outcome(name, measured, seconds=time.perf_counter() - start)
