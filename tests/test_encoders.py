@@ -146,6 +146,8 @@ def test_bfloat16_is_close_and_visible(model_class, tmp_path):
     assert encoder.preprocess(x).dtype == torch.float32
     assert 1e-4 < (low - tokens).square().mean().sqrt() < 0.1
     assert encoder.checksum() == checksum
+    with pytest.raises(ValueError, match=r"rounded by .to\(torch.bfloat16\)"):
+        encoder.save_pretrained(tmp_path / "rounded")
 
 
 def test_checksum_is_of_weights_alone(dinov2, tmp_path):
@@ -168,6 +170,13 @@ def test_bad_images_are_named(dinov2):
     ]:
         with pytest.raises(error, match=message):
             encoder(bad)
+
+
+def test_other_input_and_half_a_normalisation_are_refused(dinov2):
+    with pytest.raises(ValueError, match=r"\[2, 3, 48, 32\]; this encoder sees \(32, 32\)"):
+        load_encoder(dinov2, image_size=32).features(images(48, 32))
+    with pytest.raises(ValueError, match="give both of them, or neither"):
+        load_encoder(dinov2, image_size=32, mean=(0.5, 0.5, 0.5))
 
 
 def test_unknown_names_get_the_nearest():
@@ -199,7 +208,7 @@ def test_foreign_and_damaged_folders_are_refused(dinov2, tmp_path):
     attempt("damaged or foreign", cut=-200)
     attempt("Pickles are not loaded", weights=None)
     attempt("'bert'; encoders are plain ViTs of the types dinov2", config=config | {"model_type": "bert"})
-    attempt("preprocessor_config.json is missing", mean=None)
+    attempt("preprocessor_config.json is missing", mean=None, std=None)
 
 
 def test_a_folder_of_the_wrong_model_is_not_taken_for_the_configured_one(dinov2, tmp_path):

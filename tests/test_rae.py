@@ -116,7 +116,7 @@ def test_identity_is_of_the_latent_space_and_not_of_the_decoder(network, rae):
         RAE(rae.encoder, rae.decoder, (mean, var), latent_eps=1e-6),
         RAE(rae.encoder, rae.decoder, None),
         make(network, image_size=(32, 48), input_size=(16, 24)),
-        make(network, mean=(0.5, 0.5, 0.5)),
+        make(network, mean=(0.5, 0.5, 0.5), std=(0.2, 0.3, 0.4)),
     ]
     assert len({rae.latent_identity, *(other.latent_identity for other in different)}) == 6
 

@@ -141,7 +141,12 @@ class Encoder(nn.Module):
 
         Args:
             x: normalised images of `config.input_size` (`preprocess`, or a decoder's output resized).
+
+        Raises:
+            ValueError: another size.
         """
+        if tuple(x.shape[2:]) != self.config.input_size:
+            raise ValueError(f"network input of {list(x.shape)}; this encoder sees {self.config.input_size} pixels.")
         config, family = self.config, FAMILIES[self.config.family]
         arguments: dict[str, Any] = {"interpolate_pos_encoding": True} if family.ask else {}
         if config.family == "vit_mae":
@@ -157,7 +162,16 @@ class Encoder(nn.Module):
         return self.features(self.preprocess(images, resize=resize))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the network in the transformers layout; `open_encoder(config, folder)` reads it back."""
+        """Write the network in the transformers layout; `open_encoder(config, folder)` reads it back.
+
+        Raises:
+            ValueError: the weights are no longer those that were loaded: they were rounded by `.to(...)`.
+        """
+        if weights_sha256(self.network.state_dict().values()) != self._checksum:
+            raise ValueError(
+                f"the weights of encoder {self.config.name} were rounded by .to({self.network.dtype}) since they were "
+                "loaded and cannot be saved; load the encoder again and save it in float32."
+            )
         with _quiet():
             self.network.save_pretrained(folder)
 
@@ -203,6 +217,8 @@ def describe_encoder(
     std: Sequence[float] | None = None,
 ) -> EncoderConfig:
     """The configuration of an encoder, without its weights; arguments and errors as in `load_encoder`."""
+    if (mean is None) != (std is None):
+        raise ValueError(f"mean={mean} and std={std} given; give both of them, or neither.")
     name = str(name_or_path)
     row = ENCODERS.get(name)
     image_size = _pair(image_size)
@@ -219,9 +235,8 @@ def describe_encoder(
     family, shape = _read_shape(folder)
     if row:
         _compare(f"{folder} is not {name}", shape, row._asdict())
-        mean, std = mean or row.normalisation[0], std or row.normalisation[1]
-    if mean is None or std is None:
-        mean, std = _read_normalisation(folder)
+    if mean is None:
+        mean, std = row.normalisation if row else _read_normalisation(folder)
     return EncoderConfig(
         name=name,
         source=source,
