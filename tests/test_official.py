@@ -100,6 +100,10 @@ def test_missing_unexpected_and_misshapen_keys_are_named(save, decoder_weights):
         convert(lpips=torch.zeros(1))
     with pytest.raises(ConversionError, match=r"1 tensors of other shapes: decoder_norm.weight \[47\] where \[48\]"):
         convert(**{"decoder_norm.weight": torch.ones(47)})
+    with pytest.raises(ConversionError, match=r"attention.key.bias \[47\] where \[48\]"):
+        convert(**{"decoder_layers.0.attention.attention.key.bias": torch.ones(47)})
+    with pytest.raises(ConversionError, match=r"decoder_embed.weight \[48\] should have 2 axes"):
+        convert(**{"decoder_embed.weight": torch.ones(48)})
     with pytest.raises(ConversionError, match=r"has no 'decoder_embed.weight', but"):
         convert(**{"decoder_embed.weight": None})
     with pytest.raises(ConversionError, match="12 tokens are not a square grid"):
@@ -198,6 +202,8 @@ def test_foreign_damaged_and_dangerous_files(tmp_path, monkeypatch, save, decode
     for name in ("absent.pt", "text.pt", "pickle.pt", "cut.pt", "exploit.pt", "list.pt"):
         with pytest.raises(ConversionError, match=name):
             read_file(tmp_path / name)
+    with pytest.raises(ConversionError, match="calls getattr when it is opened"):
+        read_file(tmp_path / "exploit.pt")
     with pytest.raises(ConversionError, match=r"epoch in the state dict are no tensors"):
         convert_decoder(tmp_path / "other.pt")
     assert not (tmp_path / "opened").exists()

@@ -26,7 +26,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rae.autoencoder.decoder import DECODERS, Decoder, DecoderConfig
-from rae.diffusion.dit import DiTConfig, DiTDHConfig, rotary_angles
+from rae.config import parse
+from rae.diffusion.dit import rotary_angles
 from rae.diffusion.flow import Flow
 from rae.diffusion.model import DiffusionModel, DiffusionModelConfig
 
@@ -95,9 +96,9 @@ def read_file(path: str | Path) -> dict:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        raise ConversionError(
-            f"{path} is not a file of tensors that can be opened without running its code: {error}"
-        ) from error
+        call = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"calls {call[1]} when it is opened" if call else "is not a file of tensors by torch"
+        raise ConversionError(f"{path} {what}; only tensors in plain containers are read.") from error
     except (RuntimeError, OSError, EOFError, SafetensorError) as error:
         raise ConversionError(f"{path} is damaged, cut short or not a torch file: {error}") from error
     if not isinstance(content, dict):
@@ -199,10 +200,10 @@ def convert_decoder(
     if any(key.startswith("decoder.") for key in state):
         # an autoencoder: what is neither encoder nor decoder stays, and is then unexpected
         state = {key.removeprefix("decoder."): v for key, v in state.items() if not key.startswith("encoder.")}
-    width, latent_channels = _shape(state, "decoder_embed.weight", path)
+    width, latent_channels = _shape(state, "decoder_embed.weight", 2, path)
     depth = _count(state, r"decoder_layers\.(\d+)\.")
-    mlp_width = _shape(state, "decoder_layers.0.intermediate.dense.weight", path)[0]
-    patch_size = math.isqrt(_shape(state, "decoder_pred.weight", path)[0] // 3)
+    mlp_width = _shape(state, "decoder_layers.0.intermediate.dense.weight", 2, path)[0]
+    patch_size = math.isqrt(_shape(state, "decoder_pred.weight", 2, path)[0] // 3)
     if heads is None:
         found = [row[2] for row in DECODERS.values() if (row[0], row[1], row[3]) == (width, depth, mlp_width)]
         if not found:
@@ -211,17 +212,17 @@ def convert_decoder(
                 "number of attention heads cannot be read off the weights; give heads=."
             )
         heads = found[0]
-    config = DecoderConfig(
-        latent_channels=latent_channels,
-        width=width,
-        depth=depth,
-        heads=heads,
-        mlp_width=mlp_width,
-        patch_size=patch_size,
-        grid=grid or _square(_shape(state, "decoder_pos_embed", path)[1] - 1, path),
-        norm_eps=norm_eps,
-    )
-    return _load(Decoder(config), state, DECODER_KEYS, path).requires_grad_(False)
+    config = {
+        "latent_channels": latent_channels,
+        "width": width,
+        "depth": depth,
+        "heads": heads,
+        "mlp_width": mlp_width,
+        "patch_size": patch_size,
+        "grid": grid or _square(_shape(state, "decoder_pos_embed", 3, path)[1] - 1, path),
+        "norm_eps": norm_eps,
+    }
+    return _load(Decoder(parse(DecoderConfig, config, str(path))), state, DECODER_KEYS, path).requires_grad_(False)
 
 
 # --- stage 2 ---------------------------------------------------------------------------------------------------------
@@ -256,45 +257,46 @@ def convert_stage2(
     state = read_weights(path, weights)
     is_dh = "s_embedder.proj.weight" in state
     first = "s_embedder.proj.weight" if is_dh else "x_embedder.proj.weight"
-    width, in_channels, patch_size, _ = _shape(state, first, path)
-    token_grid = _square(_shape(state, "pos_embed", path)[1], path)
+    width, in_channels, patch_size, _ = _shape(state, first, 4, path)
+    token_grid = _square(_shape(state, "pos_embed", 3, path)[1], path)
     depth = _count(state, r"blocks\.(\d+)\.")
     head = {}
     if is_dh:
-        head_width = _shape(state, "x_embedder.proj.weight", path)[0]
+        head_width = _shape(state, "x_embedder.proj.weight", 4, path)[0]
         if head_depth is None:
             if head_width == width:
                 raise ConversionError(
                     f"{path}: head and base are both {width} wide, so the weights do not tell how many of the {depth} "
                     "blocks are the head's; give head_depth=."
                 )
-            widths = [_shape(state, f"blocks.{i}.norm1.weight", path)[0] for i in range(depth)]
+            widths = [_shape(state, f"blocks.{i}.norm1.weight", 1, path)[0] for i in range(depth)]
             head_depth = widths.count(head_width)
         depth -= head_depth
         head_heads = _pop_heads(state, "dec_feat_rope", head_width, token_grid, path)
         head = {"head_width": head_width, "head_heads": head_heads, "head_depth": head_depth}
-    network = (DiTDHConfig if is_dh else DiTConfig)(
-        in_channels=in_channels,
-        grid=tuple(side * patch_size for side in token_grid),
-        patch_size=patch_size,
-        width=width,
-        heads=_pop_heads(state, "enc_feat_rope" if is_dh else "feat_rope", width, token_grid, path),
-        depth=depth,
-        num_classes=_shape(state, "y_embedder.embedding_table.weight", path)[0] - 1,
-        mlp_ratio=mlp_ratio,
-        qk_norm="blocks.0.attn.q_norm.weight" in state,
-        allow_narrow=head.get("head_width", width) < in_channels * patch_size**2,
+    network = {
+        "kind": "dit-dh" if is_dh else "dit",
+        "in_channels": in_channels,
+        "grid": [side * patch_size for side in token_grid],
+        "patch_size": patch_size,
+        "width": width,
+        "heads": _pop_heads(state, "enc_feat_rope" if is_dh else "feat_rope", width, token_grid, path),
+        "depth": depth,
+        "num_classes": _shape(state, "y_embedder.embedding_table.weight", 2, path)[0] - 1,
+        "mlp_ratio": mlp_ratio,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+        "allow_narrow": (head_width if is_dh else width) < in_channels * patch_size**2,  # it exists, whatever its width
         **head,
-    )
-    config = DiffusionModelConfig(network=network, flow=flow, latent_identity=latent_identity, class_names=class_names)
-    model = DiffusionModel(config)
+    }
+    config = {"network": network, "flow": flow, "latent_identity": latent_identity, "class_names": class_names}
+    model = DiffusionModel(parse(DiffusionModelConfig, config, str(path)))
     _load(model.network, state, DITDH_KEYS if is_dh else DIT_KEYS, path, head_start=depth)
     return model.requires_grad_(False)
 
 
 def _pop_heads(state: StateDict, name: str, width: int, token_grid: tuple[int, int], path: str | Path) -> int:
     """Take the rotary tables `name` out of the state dict, check them, and return the number of heads they imply."""
-    head_dim = _shape(state, f"{name}.freqs_cos", path)[1]
+    head_dim = _shape(state, f"{name}.freqs_cos", 2, path)[1]
     angles = rotary_angles(token_grid, head_dim).repeat_interleave(2, dim=1)
     for key, expected in ((f"{name}.freqs_cos", angles.cos()), (f"{name}.freqs_sin", angles.sin())):
         found = state.pop(key, torch.empty(0))
@@ -324,21 +326,29 @@ def _load(module: nn.Module, state: StateDict, table: KeyTable, path: str | Path
         )
     filled, misshapen = {}, []
     for ours, parameter in module.state_dict().items():
-        tensor = torch.cat([state[name] for name in sources[ours]])
-        if tensor.ndim == 4:
-            tensor = tensor.flatten(1)  # patch embeddings are convolutions there, linear layers here
-        elif tensor.ndim == parameter.ndim + 1 and len(tensor) == 1:
-            tensor = tensor[0]  # position tables have a batch axis there
-        if tensor.shape != parameter.shape:
-            misshapen.append(f"{sources[ours][0]} {list(tensor.shape)} where {list(parameter.shape)} is needed")
-        filled[ours] = tensor
+        names = sources[ours]
+        shape = [len(parameter) // len(names), *parameter.shape[1:]]
+        filled[ours] = pieces = [_with_axes(state[name], len(shape)) for name in names]
+        misshapen += [
+            f"{name} {list(state[name].shape)} where {shape} is needed"
+            for name, piece in zip(names, pieces)
+            if list(piece.shape) != shape
+        ]
     if misshapen:
         raise ConversionError(
             f"{path}: {len(misshapen)} tensors of other shapes: {_some(misshapen)}. The sizes in the file contradict "
             "each other, or it was made with other options (MLP ratio, modulation without shift)."
         )
-    module.load_state_dict(filled)
+    module.load_state_dict({ours: torch.cat(pieces) for ours, pieces in filled.items()})
     return module
+
+
+def _with_axes(tensor: Tensor, axes: int) -> Tensor:
+    if tensor.ndim == 4:
+        return tensor.flatten(1)  # patch embeddings are convolutions there, linear layers here
+    if tensor.ndim == axes + 1 and len(tensor) == 1:
+        return tensor[0]  # position tables have a batch axis there
+    return tensor
 
 
 def _their_names(ours: str, table: KeyTable, head_start: int) -> list[str]:
@@ -350,9 +360,11 @@ def _their_names(ours: str, table: KeyTable, head_start: int) -> list[str]:
     raise KeyError(f"no row of the key table is about {ours!r}")
 
 
-def _shape(state: StateDict, key: str, path: str | Path) -> tuple[int, ...]:
+def _shape(state: StateDict, key: str, axes: int, path: str | Path) -> tuple[int, ...]:
     if key not in state:
         raise ConversionError(f"{path} has no {key!r}, but {_some(state)}; it is another kind of file, or it is cut.")
+    if state[key].ndim != axes:
+        raise ConversionError(f"{path}: {key} {list(state[key].shape)} should have {axes} axes.")
     return tuple(state[key].shape)
 
 
@@ -367,8 +379,8 @@ def _square(tokens: int, path: str | Path) -> tuple[int, int]:
     return side, side
 
 
-def _some(names) -> str:
+def _some(names: Iterable[str]) -> str:
     """Up to three names, and how many more there are."""
     names = list(names)
-    shown = ", ".join(map(str, names[:3]))
+    shown = ", ".join(names[:3])
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown or "none"
