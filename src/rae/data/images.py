@@ -93,7 +93,13 @@ def open_split(config: DataConfig) -> tuple[Images, Images | None]:
     """The training images and, where the configuration keeps some back, the held-out ones."""
     images = open_images(config.source)
     if isinstance(config.held_out, str):
-        return images, open_images(config.held_out)
+        held_out = open_images(config.held_out)
+        if held_out.class_names != images.class_names:
+            raise ImageError(
+                f"the classes of {config.held_out} ({held_out.class_names}) are not those of {config.source} "
+                f"({images.class_names}); name the folders of both the same."
+            )
+        return images, held_out
     return split_images(images, config.held_out) if config.held_out else (images, None)
 
 

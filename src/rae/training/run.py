@@ -281,17 +281,18 @@ class Run:
 
     def conclude(self) -> Path:
         """The table of what the run wrote."""
-        table = Table("written", "what", "size", title=f"{self.seen:,} images seen; this run is finished")
+        kept = checkpoints(self.folder)
+        table = Table("written", "what", "size", title=f"{self.folder}: finished, {self.seen:,} images seen")
         rows = {
-            f"checkpoints/{checkpoints(self.folder)[-1].name}/model": "the model, EMA weights",
-            "checkpoints": f"{len(checkpoints(self.folder))} newest checkpoints",
+            f"checkpoints/{kept[-1].name}/model": "the model, EMA weights",
+            "checkpoints": f"the newest {len(kept)}",
             "samples": "sheets of pictures",
             "log.jsonl": "figures",
             "recipe.yaml": "what was asked for",
         }
         for name, what in rows.items():
             if (self.folder / name).exists():
-                table.add_row(str(self.folder / name), what, _size(self.folder / name))
+                table.add_row(name, what, _size(self.folder / name))
         self.console.print(table)
         return self.folder
 

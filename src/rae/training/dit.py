@@ -1,0 +1,207 @@
+"""Stage 2: a diffusion transformer is trained in the latents of a frozen autoencoder (arXiv 2510.11690, Sec. 4 and 5).
+
+images --Stream--> [0,1] images [B,3,H,W] --RAE.encode--> latents [B,C,h,w] --Flow.loss--> DiT or DiT-DH
+"""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
+
+from rae.autoencoder.rae import RAE
+from rae.config import Config, parse
+from rae.data.images import DataConfig, Images, Stream, Views, loader, open_split, to_unit
+from rae.data.order import noise_draws
+from rae.diffusion.dit import DIT_SIZES, HEAD_SIZE
+from rae.diffusion.flow import Flow
+from rae.diffusion.guidance import CFG, drop_labels
+from rae.diffusion.model import DiffusionModel, DiffusionModelConfig
+from rae.diffusion.sampling import generate
+from rae.training.checkpoint import load_training_state, load_weights, save_training_state
+from rae.training.display import save_sheet
+from rae.training.latents import Parts, cache_latents, cached_latents, online_latents
+from rae.training.optim import OptimConfig, build_optimizers, ema_warning, make_ema, update_ema
+from rae.training.run import DTYPES, Run, RunConfig
+
+_FIXED = 2**32  # the seed of held-out figures and sheets, the same in every run and apart from any run's own
+
+
+class NetworkConfig(Config):
+    """Which network; its channels, grid and classes come from the autoencoder and the images."""
+
+    kind: Literal["dit", "dit-dh"]
+    size: Literal[tuple(DIT_SIZES)] | tuple[PositiveInt, PositiveInt, PositiveInt]  # Table 13, or [width, heads, depth]
+    head: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None  # dit-dh's, the same three; None = the paper's
+    patch_size: PositiveInt = 1
+    mlp_ratio: float = Field(4.0, gt=0)
+    qk_norm: bool = False
+    unconditional: bool = False  # leave the classes of the images alone
+    allow_narrow: bool = False  # narrower than the latents have channels, against Theorem 1
+
+    def describe(self, shape: tuple[int, int, int], num_classes: int) -> dict[str, Any]:
+        """The `DiTConfig` or `DiTDHConfig` for latents (C, h, w), as data."""
+        width, heads, depth = DIT_SIZES[self.size] if isinstance(self.size, str) else self.size
+        settings = self.model_dump(include={"kind", "patch_size", "mlp_ratio", "qk_norm", "allow_narrow"})
+        settings |= {"in_channels": shape[0], "grid": shape[1:], "num_classes": num_classes}
+        settings |= {"width": width, "heads": heads, "depth": depth}
+        if self.kind == "dit-dh":
+            settings |= dict(zip(("head_width", "head_heads", "head_depth"), self.head or HEAD_SIZE))
+        return settings
+
+
+class FlowConfig(Config):
+    """The flow; its shift is sqrt(C h w / shift_base) of the latents (Sec. 4.2)."""
+
+    prediction: Literal["v", "x", "eps"] = "v"
+    time_law: Literal["uniform", "logit-normal"] = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = Field(1.0, gt=0)
+    shift_base: PositiveInt = 4096
+
+
+class SheetConfig(Config):
+    """Sheets of samples: a row for the first classes, a second one guided."""
+
+    images: PositiveInt = 10
+    steps: int = Field(50, ge=2)
+    cfg: NonNegativeFloat | None = None  # scale of the second row; None = no second row
+
+
+class DiTRecipe(Config):
+    """Everything that stage 2 is a function of."""
+
+    seed: int = Field(0, ge=0)
+    rae: str  # folder or hub id of the autoencoder
+    data: DataConfig
+    latents: Literal["online", "memory"] = "online"  # encode at every step, or once and keep (small sets)
+    network: NetworkConfig
+    flow: FlowConfig = FlowConfig()
+    drop_labels: float = Field(0.1, ge=0, le=1)  # how often the null label takes a label's place
+    optim: OptimConfig
+    sheet: SheetConfig = SheetConfig()
+    run: RunConfig
+
+
+def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
+    """Train a DiT or DiT-DH. Called again with the same arguments, it goes on where it was interrupted.
+
+    Args:
+        recipe: what to train.
+        folder: the run's folder; `DiffusionModel.from_pretrained(folder)` loads its newest EMA weights.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError, ImageError, TrainingError, CheckpointError: before anything is computed, with what to do; or
+            TrainingError where the loss is not finite, CheckpointError where the disk is full.
+        SystemExit: Ctrl-C or SIGTERM, after saving.
+    """
+    # --- validate -----------------------------------------------------------------------------------------------------
+    images, held_out = open_split(recipe.data)
+    with Run(folder, recipe, epoch=len(images)) as run:
+        device = run.accelerator.device
+        rae = RAE.from_pretrained(recipe.rae).to(device)
+        config = _describe(recipe, rae, None if recipe.network.unconditional else images.class_names)
+
+        # --- construct ------------------------------------------------------------------------------------------------
+        torch.manual_seed(recipe.seed)
+        model = DiffusionModel(config, dtype=DTYPES[recipe.run.precision]).to(device)
+        flow, ema = model.flow, make_ema(model)
+        optimizers = build_optimizers(recipe.optim, model.network.parameter_groups())
+        schedule = run.schedule(recipe.optim, optimizers, epoch=len(images))
+        run.warn(ema_warning(recipe.optim.ema, run.total // recipe.run.batch))
+
+        # --- load -----------------------------------------------------------------------------------------------------
+        identity = {"images": images.identity, "latents": rae.latent_identity}
+        if run.checkpoint:
+            run.resume(load_training_state(run.checkpoint / "train", model.network, optimizers), identity)
+            load_weights(ema.network, run.checkpoint / "model/model.safetensors")
+        if run.finished:
+            return run.conclude()
+        network = run.accelerator.prepare(model.network)
+        predict = functools.partial(network, dtype=model.dtype)
+        batches = _latents(recipe, rae, images, run)
+
+        def save(folder: Path) -> None:
+            ema.save_pretrained(folder / "model")
+            save_training_state(folder / "train", model.network, optimizers, run.state(identity))
+
+        run.begin()
+        for parts in batches:
+            # --- single training step ---------------------------------------------------------------------------------
+            lr, total = schedule(), torch.zeros(1, device=device)
+            for latents, labels, positions in run.accumulate(network, parts):
+                noise, u = (draw.to(device) for draw in noise_draws(positions, recipe.seed, rae.latent_shape))
+                if recipe.network.unconditional:
+                    labels = torch.full_like(labels, model.null_label)
+                labels = drop_labels(labels, u[:, 1], recipe.drop_labels, model.null_label)
+                losses = flow.loss(predict, latents, labels, flow.times(u[:, 0]), noise)
+                loss = losses.sum() / run.local_batch
+                run.accelerator.backward(loss)
+                total += loss.detach()
+            (loss,) = run.average(total)
+            norm = run.step_optimizers(model.network, optimizers)
+            update_ema(ema, model, recipe.optim.ema)
+            run.finish_step(loss=loss, grad_norm=norm)
+
+            # --- once in a while: log, evaluate, save -----------------------------------------------------------------
+            if run.due("log"):
+                run.log(lr=lr)
+            if run.due("evaluate") and run.main:
+                if held_out:
+                    run.record(held_out_loss=_held_out_loss(ema, rae, held_out, recipe))
+                _save_sheet(ema, rae, recipe.sheet, run.folder / f"samples/{run.seen:09d}.png")
+            if run.due("save"):
+                run.save(save)
+        return run.conclude()
+
+
+def _describe(recipe: DiTRecipe, rae: RAE, class_names: list[str] | None) -> DiffusionModelConfig:
+    flow = Flow.for_latents(rae.latent_shape, recipe.flow.shift_base, **recipe.flow.model_dump(exclude={"shift_base"}))
+    data = {
+        "network": recipe.network.describe(rae.latent_shape, len(class_names or ())),
+        "flow": flow.model_dump(),
+        "latent_identity": rae.latent_identity,
+        "class_names": class_names,
+    }
+    return parse(DiffusionModelConfig, data, "the model that network and flow of the recipe describe")
+
+
+def _latents(recipe: DiTRecipe, rae: RAE, images: Images, run: Run) -> Iterator[Parts]:
+    """The coming steps' latents, in the order of the stream."""
+    if recipe.latents == "memory":
+        cache = cache_latents(rae, images, recipe.data, batch=run.micro_batch)
+        return cached_latents(cache, run.positions(), recipe.seed, run.micro_batch, run.accelerator.device)
+    stream = Stream(images, recipe.data, rae.image_size, recipe.seed)
+    return online_latents(rae, run.report_broken(stream, loader(stream, run.positions(), recipe.data)), run.micro_batch)
+
+
+@torch.no_grad()
+def _held_out_loss(model: DiffusionModel, rae: RAE, images: Images, recipe: DiTRecipe) -> float:
+    """Mean loss over held-out images, with the same noise and times every time and no label dropped."""
+    count, losses = min(len(images), recipe.run.evaluate_images), []
+    chunks = [range(start, min(start + 64, count)) for start in range(0, count, 64)]
+    for chunk, batch in zip(chunks, loader(Views(images, recipe.data, rae.image_size), chunks, recipe.data)):
+        latents = rae.encode(to_unit(batch["image"].to(model.device)))
+        noise, u = (draw.to(model.device) for draw in noise_draws(chunk, _FIXED, rae.latent_shape))
+        labels = batch["label"].to(model.device)
+        if recipe.network.unconditional:
+            labels = torch.full_like(labels, model.null_label)
+        losses.append(model.flow.loss(model.predict, latents, labels, model.flow.times(u[:, 0]), noise))
+    return float(torch.cat(losses).mean())
+
+
+def _save_sheet(model: DiffusionModel, rae: RAE, sheet: SheetConfig, path: Path) -> None:
+    """Samples of the first classes, each from a seed of its own."""
+    classes = model.config.network.num_classes
+    labels = [i % classes for i in range(sheet.images)] if classes else None
+    guided = [CFG(sheet.cfg)] if sheet.cfg is not None and classes else []
+    rows = [
+        torch.cat([b.images for b in generate(model, rae, labels, range(sheet.images), steps=sheet.steps, guidance=g)])
+        for g in [None, *guided]
+    ]
+    save_sheet(rows, path)

@@ -1,0 +1,129 @@
+"""The encoder over a whole data set: exact latent statistics, and latents kept in memory."""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from rae.autoencoder.latents import LatentStats
+from rae.autoencoder.rae import RAE
+from rae.config import ConfigError
+from rae.data.images import DataConfig, Images, Views, loader, to_unit
+from rae.data.order import image_index, mirrored
+from rae.training.display import progress
+
+Part = tuple[torch.Tensor, torch.Tensor, list[int]]  # latents [b,C,h,w], labels [b], positions in the stream
+Parts = Iterator[Part]  # the micro-batches of one step
+
+
+@torch.no_grad()
+def latent_statistics(
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    shape: tuple[int, int, int],
+    images: Images,
+    data: DataConfig,
+    size: tuple[int, int],
+    *,
+    batch: int = 64,
+    accelerator: Accelerator | None = None,
+) -> LatentStats:
+    """Exact mean and variance of the latents of every image, centre-cropped and not mirrored.
+
+    Args:
+        encode: [0,1] images [B,3,H,W] -> latents [B,C,h,w] before standardisation.
+        shape: (C, h, w).
+        images, data, size: which images, how they are read, and (H, W) of their crops.
+        batch: images at a time; the result does not depend on it (beyond float64 rounding of float32 latents).
+        accelerator: shares the images among its processes.
+    """
+    accelerator = accelerator or Accelerator()
+    rank, world = accelerator.process_index, accelerator.num_processes
+    stats, share = LatentStats(shape), range(rank, len(images), world)
+    chunks = [share[start : start + batch] for start in range(0, len(share), batch)]
+    with progress("latent statistics", len(share)) as advance:
+        for chunk in loader(Views(images, data, size), chunks, data):
+            stats.update(encode(to_unit(chunk["image"].to(accelerator.device))))
+            advance(stats.count)
+    if world == 1:
+        return stats
+    total = LatentStats(shape)
+    for part in gather_object([stats]):
+        total.merge(part)
+    return total
+
+
+class LatentCache(NamedTuple):
+    """Latents of a whole data set in memory.
+
+    Attributes:
+        latents: [V,n,C,h,w] on the CPU; V = 2 with mirror images, whose latents are the second view, else 1.
+        labels: [n].
+    """
+
+    latents: torch.Tensor
+    labels: torch.Tensor
+
+
+@torch.no_grad()
+def cache_latents(rae: RAE, images: Images, data: DataConfig, *, batch: int = 64) -> LatentCache:
+    """Encode every image once, centre-cropped, and mirrored as well if `data.flip`.
+
+    Raises:
+        ConfigError: random crops, which have no end; or more latents than the machine has memory.
+    """
+    if data.crop == "random":
+        raise ConfigError("latents: memory holds each image once, data.crop: random never ends; set latents: online.")
+    shape = (1 + data.flip, len(images), *rae.latent_shape)
+    size, memory = 4 * math.prod(shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > 0.8 * memory:
+        raise ConfigError(
+            f"latents: memory needs {size / 2**30:.1f} GiB for {len(images):,} images, this machine has "
+            f"{memory / 2**30:.1f} GiB; set latents: online."
+        )
+    cache, device = LatentCache(torch.empty(shape), torch.empty(len(images), dtype=torch.int64)), _device(rae)
+    chunks = [range(start, min(start + batch, len(images))) for start in range(0, len(images), batch)]
+    with progress("encoding", len(images)) as advance:
+        for chunk, items in zip(chunks, loader(Views(images, data, rae.image_size), chunks, data)):
+            x = to_unit(items["image"].to(device))
+            for view in range(shape[0]):
+                cache.latents[view, chunk.start : chunk.stop] = rae.encode(x.flip(-1) if view else x).cpu()
+            cache.labels[chunk.start : chunk.stop] = items["label"]
+            advance(chunk.stop)
+    return cache
+
+
+def cached_latents(
+    cache: LatentCache, batches: Iterable[range], seed: int, micro_batch: int, device: torch.device
+) -> Iterator[Parts]:
+    """For each batch of stream positions: its parts of at most `micro_batch` latents. The same images and mirror
+    images as `online_latents`."""
+    views, n = cache.latents.shape[:2]
+    for positions in batches:
+        parts = [positions[start : start + micro_batch] for start in range(0, len(positions), micro_batch)]
+        yield (_take(cache, views, n, part, seed, device) for part in parts)
+
+
+def online_latents(rae: RAE, batches: Iterable[dict[str, torch.Tensor]], micro_batch: int) -> Iterator[Parts]:
+    """For each batch of a `Stream`: its parts of at most `micro_batch` images, encoded when they are asked for."""
+    for batch in batches:
+        columns = (batch[name].split(micro_batch) for name in ("image", "label", "position"))
+        yield (_encode(rae, *part) for part in zip(*columns))
+
+
+def _take(cache: LatentCache, views: int, n: int, positions: range, seed: int, device: torch.device) -> Part:
+    index = torch.tensor([image_index(p, n, seed) for p in positions])
+    view = torch.tensor([int(views == 2 and mirrored(p, seed)) for p in positions])
+    return cache.latents[view, index].to(device), cache.labels[index].to(device), list(positions)
+
+
+def _encode(rae: RAE, image: torch.Tensor, label: torch.Tensor, position: torch.Tensor) -> Part:
+    device = _device(rae)
+    return rae.encode(to_unit(image.to(device))), label.to(device), position.tolist()
+
+
+def _device(rae: RAE) -> torch.device:
+    return next(rae.decoder.parameters()).device

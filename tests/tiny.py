@@ -1,0 +1,63 @@
+"""Tiny real parts for the tests of training: an encoder with random weights in the transformers layout, two recipes."""
+
+import json
+from pathlib import Path
+
+import torch
+import transformers
+
+from rae.training.decoder import DecoderRecipe
+from rae.training.dit import DiTRecipe
+
+
+def save_encoder(folder: Path) -> Path:
+    """A DINOv2 of width 16 with one layer: 16 x 16 px images, 2 x 2 tokens."""
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    transformers.Dinov2Model(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    return folder
+
+
+def decoder_recipe(encoder: Path, **changes) -> DecoderRecipe:
+    return _change(
+        DecoderRecipe(
+            encoder={"name": str(encoder), "image_size": (16, 16)},
+            decoder={"size": (16, 1, 2, 32), "patch_size": 8},
+            data={"source": "digits", "held_out": 0.1, "enlarge": True},
+            loss={"perceptual": 0.1},
+            optim={"lr": 1e-3, "ema": 0.9},
+            run={"duration": "12st", "batch": 8, "log_every": "3st", "save_every": "4st", "evaluate_every": "6st"}
+            | {"evaluate_images": 16},
+        ),
+        changes,
+    )
+
+
+def dit_recipe(rae: Path, **changes) -> DiTRecipe:
+    return _change(
+        DiTRecipe(
+            rae=str(rae),
+            data={"source": "digits", "held_out": 0.1, "enlarge": True, "flip": True},
+            network={"kind": "dit-dh", "size": (16, 2, 1), "head": (16, 2, 1)},
+            optim={"lr": 1e-3, "ema": 0.9},
+            sheet={"images": 2, "steps": 3, "cfg": 1.5},
+            run={"duration": "12st", "batch": 8, "log_every": "3st", "save_every": "4st", "evaluate_every": "6st"}
+            | {"evaluate_images": 16},
+        ),
+        changes,
+    )
+
+
+def _change(recipe, changes: dict):
+    """The recipe with dotted keys changed, as `section__key=value`."""
+    data = recipe.model_dump()
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        section = data
+        for name in parents:
+            section = section[name]
+        section[last] = value
+    return type(recipe).model_validate(data)
