@@ -91,9 +91,9 @@ def print_report(report: Report, console: Console | None = None) -> None:
     """A table with the error of every case, of the output nearest to its limit, and one line that sums it up."""
     console = console or Console()
     table = Table("case", title="parity with the reference")
-    for header in ("outputs", "largest error", "limit"):
+    for header in ("outputs", "error", "limit"):
         table.add_column(header, justify="right")
-    for header in ("of", "seconds", "result"):
+    for header in ("of the output nearest its limit", "seconds", "result"):
         table.add_column(header)
     for outcome in report.outcomes:
         if outcome.problem is not None:
