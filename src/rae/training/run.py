@@ -83,9 +83,8 @@ class Run:
             epoch: images in an epoch, for durations given in epochs.
 
         Raises:
-            ConfigError: another recipe than the one the folder was begun with; a length or batch that cannot be.
-            CheckpointError: the newest checkpoint is damaged.
-            TrainingError: not a run folder, in use by another process, or a tracker that is not installed.
+            ConfigError: a length or batch that cannot be.
+            TrainingError: a tracker that is not installed.
         """
         self.folder, self.recipe, self.config = Path(folder), recipe, recipe.run
         config, batch = self.config, self.config.batch
@@ -106,24 +105,28 @@ class Run:
         self.main = self.accelerator.is_main_process
         self.console = Console(stderr=True, quiet=not self.main)
         self.seen, self.stop, self._window, self._broken = 0, None, {}, set()
-        if self.main:
-            self._lock = _claim(self.folder)
-            _check_recipe(self.folder, recipe)
-            newest_checkpoint(self.folder)
-        self.accelerator.wait_for_everyone()
-        self.checkpoint = (checkpoints(self.folder) or [None])[-1]
 
     def __enter__(self) -> "Run":
-        self._stack = contextlib.ExitStack()
-        self._stack.enter_context(self._signals())
+        """Claim the folder, compare the recipe with the one it was begun with, find the checkpoint to go on from.
+
+        Raises:
+            ConfigError: another recipe.
+            CheckpointError: the newest checkpoint is damaged.
+            TrainingError: not a run folder, or in use by another process.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.main:
+                stack.enter_context(_claim(self.folder))
+                _check_recipe(self.folder, self.recipe)
+                newest_checkpoint(self.folder)
+            self.accelerator.wait_for_everyone()
+            self.checkpoint = (checkpoints(self.folder) or [None])[-1]
+            stack.enter_context(self._signals())
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
-        if self.config.trackers:
-            self.accelerator.end_training()
-        if self.main:
-            self._lock.close()
 
     @property
     def finished(self) -> bool:
@@ -198,6 +201,7 @@ class Run:
             _truncate_log(self.folder / "log.jsonl", self.seen)
         if self.config.trackers:
             self.accelerator.init_trackers(self.folder.resolve().name)
+            self._stack.callback(self.accelerator.end_training)
         self._clock, self._clock_seen = time.monotonic(), self.seen
         self._advance = self._stack.enter_context(
             progress("training", self.total, start=self.seen, console=self.console)
@@ -282,7 +286,8 @@ class Run:
     def conclude(self) -> Path:
         """The table of what the run wrote."""
         kept = checkpoints(self.folder)
-        table = Table("written", "what", "size", title=f"{self.folder}: finished, {self.seen:,} images seen")
+        self._say(f"{self.folder}: finished, {self.seen:,} images seen")
+        table = Table("written", "what", "size")
         rows = {
             f"checkpoints/{kept[-1].name}/model": "the model, EMA weights",
             "checkpoints": f"the newest {len(kept)}",
@@ -322,17 +327,18 @@ class Run:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _claim(folder: Path) -> Any:
-    """Lock the run's folder until the process ends, however it ends."""
+@contextlib.contextmanager
+def _claim(folder: Path) -> Iterator[None]:
+    """Lock the run's folder; the lock goes with the process, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "recipe.yaml").exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise TrainingError(f"{folder} holds files but no run (no recipe.yaml); give a new folder.")
-    lock = open(folder / ".lock", "w")  # noqa: SIM115, open for as long as the run is
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise TrainingError(f"another process is training in {folder}; end it, or give another folder.") from error
-    return lock
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TrainingError(f"another process is training in {folder}; end it or give another folder.") from error
+        yield
 
 
 def _check_recipe(folder: Path, recipe: Config) -> None:

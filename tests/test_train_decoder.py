@@ -1,0 +1,239 @@
+"""Stage 1: what the loop computes, what it saves, and how it refuses."""
+
+import importlib.util
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import decoder_recipe, save_encoder
+
+from rae import RAE, Decoder, load_encoder
+from rae.autoencoder.latents import tokens_to_map
+from rae.config import ConfigError, load_recipe
+from rae.data.images import ImageError, Views, open_split, to_unit
+from rae.training.decoder import DecoderRecipe, _of_law, train_decoder
+from rae.training.perceptual import feature_distance
+from rae.training.run import Run, TrainingError
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    return save_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="module")
+def finished(encoder, tmp_path_factory) -> Path:
+    """A run of 12 steps with a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("runs") / "decoder"
+    return train_decoder(decoder_recipe(encoder, run__save_every="1st", run__keep=99), folder)
+
+
+def log(folder: Path, figure: str) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line[figure] for line in lines if figure in line]
+
+
+def test_reconstructions_get_better(encoder, tmp_path):
+    recipe = decoder_recipe(
+        encoder, run__duration="150st", run__log_every="10st", run__save_every="100%", optim__lr=3e-3
+    )
+    folder = train_decoder(recipe, tmp_path / "run")
+    assert log(folder, "l1")[-1] < 0.6 * log(folder, "l1")[0]
+    assert log(folder, "held_out_l1")[-1] < 0.6 * log(folder, "held_out_l1")[0] + 0.1
+    assert log(folder, "perceptual")[-1] < log(folder, "perceptual")[0]
+
+
+def test_saved_model_holds_the_average_of_the_weights(encoder, finished):
+    torch.manual_seed(0)
+    rae = RAE.from_pretrained(finished)
+    ema = Decoder(rae.decoder.config).state_dict()
+    steps = sorted((finished / "checkpoints").iterdir())
+    assert len(steps) == 12
+    for step in steps:
+        online = load_file(step / "train/weights.safetensors")
+        ema = {name: 0.9 * value + 0.1 * online[name] for name, value in ema.items()}
+    for name, value in rae.decoder.state_dict().items():
+        torch.testing.assert_close(value, ema[name], rtol=1e-5, atol=1e-6)
+        assert not torch.equal(value, online[name])
+
+
+def test_saved_model_holds_the_exact_statistics(encoder, finished):
+    recipe = decoder_recipe(encoder)
+    images, _ = open_split(recipe.data)
+    views = Views(images, recipe.data, (16, 16))
+    network = load_encoder(encoder, image_size=(16, 16))
+    x = to_unit(torch.stack([views[i]["image"] for i in range(len(images))]))
+    z = tokens_to_map(network(x), network.grid).double()
+    rae = RAE.from_pretrained(finished)
+    torch.testing.assert_close(rae.latent_mean.double(), z.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rae.latent_var.double(), z.var(0, correction=0), rtol=1e-5, atol=1e-6)
+
+
+def test_small_micro_batches_compute_the_large_batch(encoder, finished, tmp_path):
+    recipe = decoder_recipe(encoder, run__micro_batch=3, run__log_every="1st")
+    parts = train_decoder(recipe, tmp_path / "parts")
+    whole = train_decoder(decoder_recipe(encoder, run__log_every="1st"), tmp_path / "whole")
+    for figure in ("loss", "l1", "perceptual"):
+        assert log(parts, figure) == pytest.approx(log(whole, figure), rel=1e-3)
+    assert log(parts, "grad_norm")[1:] == pytest.approx(log(whole, "grad_norm")[1:], rel=1e-2)
+    assert log(parts, "loss")[0] == pytest.approx(log(whole, "loss")[0], rel=1e-6)
+
+
+def test_upsampling_decoder_and_bf16(encoder, tmp_path):
+    recipe = decoder_recipe(encoder, decoder__patch_size=16, run__precision="bf16", encoder__precision="bf16")
+    rae = RAE.from_pretrained(train_decoder(recipe, tmp_path / "run"))
+    assert (rae.image_size, rae.output_size) == ((16, 16), (32, 32))
+    with Image.open(tmp_path / "run/samples/000000096.png") as sheet:
+        assert sheet.size == (8 * 32, 2 * 32)
+
+
+def test_laws_of_sigma():
+    u = (torch.arange(100_000, dtype=torch.float64) / 100_000).float()
+    assert torch.equal(_of_law("uniform", u), u)
+    n = _of_law("half-normal", u)
+    assert n.isfinite().all()
+    assert n[0] == 0
+    assert n.mean() == pytest.approx((2 / torch.pi) ** 0.5, abs=1e-3)  # of |N(0, 1)|
+    assert n.square().mean() == pytest.approx(1, abs=1e-3)
+
+
+def test_feature_distance_is_zero_at_the_image_and_pulls_towards_it(encoder):
+    network = load_encoder(encoder, image_size=(16, 16))
+    x = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    tokens = network(x)
+    assert feature_distance(network, network.normalise(x), tokens).tolist() == pytest.approx([0] * 3, abs=1e-10)
+    other = network.normalise(1 - x).requires_grad_()
+    distance = feature_distance(network, other, tokens)
+    distance.sum().backward()
+    step = other.detach() - 0.1 * other.grad
+    assert (feature_distance(network, step, tokens) < distance).all()
+    assert all(p.grad is None for p in network.parameters())
+
+
+# --- interruption
+
+
+def interrupt_at(step: int, number: int, monkeypatch) -> None:
+    def finish_step(run: Run, **figures: float) -> None:
+        if run.step == step:
+            os.kill(os.getpid(), number)
+        original(run, **figures)
+
+    original = Run.finish_step
+    monkeypatch.setattr(Run, "finish_step", finish_step)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_the_same_command_goes_on(encoder, finished, tmp_path, monkeypatch, capsys, number, status):
+    recipe = decoder_recipe(encoder, run__log_every="5st", run__save_every="100%")
+    with monkeypatch.context() as patch:
+        interrupt_at(6, number, patch)
+        with pytest.raises(SystemExit) as stopped:
+            train_decoder(recipe, tmp_path / "run")
+    assert stopped.value.code == status
+    assert (tmp_path / "run/latest").read_text() == "000000056\n"
+    assert "Run the same command again to go on" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train_decoder(recipe, tmp_path / "run")
+    ends = [
+        load_file(folder / "checkpoints/000000096/train/weights.safetensors") for folder in (tmp_path / "run", finished)
+    ]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
+    assert log(tmp_path / "run", "loss") == log(train_decoder(recipe, tmp_path / "unbroken"), "loss")
+
+
+def test_finished_run_says_so_and_changes_nothing(encoder, finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (finished / "checkpoints").rglob("*")}
+    train_decoder(decoder_recipe(encoder, run__save_every="1st", run__keep=99), finished)
+    assert "finished, 96 images seen" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in (finished / "checkpoints").rglob("*")}
+
+
+def test_longer_run_goes_on_from_a_finished_one(encoder, tmp_path):
+    train_decoder(decoder_recipe(encoder), tmp_path / "run")
+    train_decoder(decoder_recipe(encoder, run__duration="14st"), tmp_path / "run")
+    assert (tmp_path / "run/latest").read_text() == "000000112\n"
+    assert load_recipe(DecoderRecipe, tmp_path / "run/recipe.yaml").run.duration == "14st"
+
+
+# --- refusals
+
+
+def test_another_recipe_is_refused_with_the_difference(encoder, finished):
+    with pytest.raises(ConfigError, match=r"begun with another recipe:\n  noise\.tau: 0\.8 -> 0\.5\n  optim\.lr: "):
+        train_decoder(decoder_recipe(encoder, noise__tau=0.5, optim__lr=1e-4), finished)
+
+
+def test_other_images_are_refused_on_resume(encoder, tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(4):
+        Image.new("RGB", (16, 16), (40 * i, 0, 0)).save(tmp_path / f"images/{i}.png")
+    recipe = decoder_recipe(encoder, data__source=str(tmp_path / "images"), data__held_out=0.0)
+    train_decoder(recipe, tmp_path / "run")
+    Image.new("RGB", (16, 16)).save(tmp_path / "images/4.png")
+    with pytest.raises(TrainingError, match=r"trained on images .* files were added, removed or changed"):
+        train_decoder(recipe, tmp_path / "run")
+
+
+def test_broken_image_is_fatal_or_reported_once(encoder, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for i in range(4):
+        Image.new("RGB", (16, 16), (40 * i, 0, 0)).save(tmp_path / f"images/{i}.png")
+    (tmp_path / "images/2.png").write_bytes((tmp_path / "images/2.png").read_bytes()[:45])
+    recipe = decoder_recipe(encoder, data__source=str(tmp_path / "images"), data__held_out=0.0)
+    with pytest.raises(ImageError, match=r"2\.png: cannot be decoded"):
+        train_decoder(recipe, tmp_path / "fatal")
+    skipping = recipe.model_copy(update={"data": recipe.data.model_copy(update={"on_broken": "skip"})})
+    train_decoder(skipping, tmp_path / "run")
+    assert [Path(name).name for name in log(tmp_path / "run", "broken")] == ["2.png"]
+    assert capsys.readouterr().err.count("cannot be read; the next image takes its place") == 1
+
+
+def test_loss_that_is_not_finite_stops_the_run(encoder, tmp_path):
+    recipe = decoder_recipe(encoder, optim__lr=1e30, run__save_every="1st")
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) in step \d+ \(images .* Lower optim\.lr"):
+        train_decoder(recipe, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"decoder__patch_size": 5},
+            r"make images of 10 x 10, the encoder takes 16 x 16.*patch_size=8 makes them equal",
+        ),
+        ({"decoder__size": (16, 1, 3, 32)}, "width 16 is not a multiple of its 3 heads"),
+        ({"run__duration": "7img"}, "less than one batch of 8 images"),
+    ],
+)
+def test_impossible_recipes(encoder, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        train_decoder(decoder_recipe(encoder, **changes), tmp_path / "run")
+
+
+def test_misspelt_key_names_the_nearest(encoder, tmp_path, finished):
+    text = (finished / "recipe.yaml").read_text().replace("micro_batch:", "microbatch:")
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.microbatch: unknown key; did you mean 'micro_batch'"):
+        load_recipe(DecoderRecipe, tmp_path / "r.yaml")
+
+
+def test_folders_that_are_not_free(encoder, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("")
+    with pytest.raises(TrainingError, match="holds files but no run"):
+        train_decoder(decoder_recipe(encoder), tmp_path / "mine")
+    with (
+        Run(tmp_path / "run", decoder_recipe(encoder), epoch=10),
+        pytest.raises(TrainingError, match="another process"),
+    ):
+        train_decoder(decoder_recipe(encoder), tmp_path / "run")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    with pytest.raises(TrainingError, match="pip install wandb"):
+        train_decoder(decoder_recipe(encoder, run__trackers=("wandb",)), tmp_path / "tracked")

@@ -1,0 +1,132 @@
+"""Stage 2: what the loop computes, what it saves, and how it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import decoder_recipe, dit_recipe, save_encoder
+
+from rae import RAE, DiffusionModel, generate
+from rae.config import ConfigError
+from rae.data.images import open_split
+from rae.data.order import image_index, mirrored, noise_draws
+from rae.training.decoder import train_decoder
+from rae.training.dit import train_dit
+from rae.training.latents import cache_latents, cached_latents
+from rae.training.run import TrainingError
+
+
+@pytest.fixture(scope="module")
+def rae(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("stage1")
+    return train_decoder(decoder_recipe(save_encoder(root / "encoder")), root / "run")
+
+
+def log(folder: Path, figure: str) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line[figure] for line in lines if figure in line]
+
+
+def test_loss_falls_and_the_model_samples(rae, tmp_path):
+    length = {"run__duration": "300st", "run__log_every": "50st", "run__save_every": "100%"}
+    recipe = dit_recipe(rae, **length, run__evaluate_every="50%", latents="memory", optim__lr=3e-3)
+    folder = train_dit(recipe, tmp_path / "run")
+    assert log(folder, "loss")[-1] < 0.9 * log(folder, "loss")[0]
+    assert log(folder, "held_out_loss")[-1] < log(folder, "held_out_loss")[0]
+    model, autoencoder = DiffusionModel.from_pretrained(folder), RAE.from_pretrained(rae)
+    (batch,) = generate(model, autoencoder, ["3", "7"], seeds=[0, 1], steps=3)
+    assert batch.images.shape == (2, 3, 16, 16)
+    assert model.config.latent_identity == autoencoder.latent_identity
+    with Image.open(folder / "samples/000002400.png") as sheet:
+        assert sheet.size == (2 * 16, 2 * 16)  # a row without and one with guidance
+
+
+def test_saved_model_holds_the_average_of_the_weights(rae, tmp_path):
+    folder = train_dit(dit_recipe(rae, run__save_every="1st", run__keep=99), tmp_path / "run")
+    model = DiffusionModel.from_pretrained(folder)
+    torch.manual_seed(0)
+    ema = DiffusionModel(model.config).network.state_dict()
+    for step in sorted((folder / "checkpoints").iterdir()):
+        online = load_file(step / "train/weights.safetensors")
+        ema = {name: 0.9 * value + 0.1 * online[name] for name, value in ema.items()}
+    for name, value in model.network.state_dict().items():
+        torch.testing.assert_close(value, ema[name], rtol=1e-5, atol=1e-6)
+
+
+def test_first_step_computes_the_flow_loss_of_its_images(rae, tmp_path):
+    recipe = dit_recipe(rae, run__duration="1st", drop_labels=0.0)
+    folder = train_dit(recipe, tmp_path / "run")
+    # A fresh model puts out 0, so the loss is the mean square of noise - latents: nothing else of the loop enters.
+    cache = cache_latents(RAE.from_pretrained(rae), *_images(recipe))
+    n = cache.latents.shape[1]
+    noise, _ = noise_draws(range(8), recipe.seed, cache.latents.shape[2:])
+    views = [int(mirrored(p, recipe.seed)) for p in range(8)]
+    x = cache.latents[views, [image_index(p, n, recipe.seed) for p in range(8)]]
+    assert set(views) == {0, 1}
+    assert log(folder, "loss")[0] == pytest.approx(float((noise - x).square().mean()), rel=1e-5)
+
+
+def _images(recipe):
+    return open_split(recipe.data)[0], recipe.data
+
+
+def test_latents_in_memory_are_those_encoded_online(rae, tmp_path):
+    online = train_dit(dit_recipe(rae, run__log_every="1st"), tmp_path / "online")
+    memory = train_dit(dit_recipe(rae, run__log_every="1st", latents="memory"), tmp_path / "memory")
+    assert log(memory, "loss") == pytest.approx(log(online, "loss"), rel=1e-4)
+
+
+def test_small_micro_batches_compute_the_large_batch(rae, tmp_path):
+    whole = train_dit(dit_recipe(rae, run__log_every="1st"), tmp_path / "whole")
+    for latents in ("online", "memory"):
+        recipe = dit_recipe(rae, run__log_every="1st", run__micro_batch=3, latents=latents)
+        parts = train_dit(recipe, tmp_path / latents)
+        assert log(parts, "loss") == pytest.approx(log(whole, "loss"), rel=1e-4)
+        assert log(parts, "grad_norm") == pytest.approx(log(whole, "grad_norm"), rel=1e-3)
+
+
+def test_cached_parts_follow_the_stream(rae):
+    images, data = _images(dit_recipe(rae))
+    cache = cache_latents(RAE.from_pretrained(rae), images, data)
+    ((first, second),) = (list(p) for p in cached_latents(cache, [range(5, 9)], 3, 3, torch.device("cpu")))
+    assert first[2] + second[2] == [5, 6, 7, 8]
+    assert first[1].tolist() == [images.labels[image_index(p, len(images), 3)] for p in (5, 6, 7)]
+
+
+def test_images_without_classes_make_an_unconditional_model(rae, tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(4):
+        Image.new("RGB", (16, 16), (40 * i, 0, 0)).save(tmp_path / f"images/{i}.png")
+    recipe = dit_recipe(rae, data__source=str(tmp_path / "images"), data__held_out=0.5)
+    model = DiffusionModel.from_pretrained(train_dit(recipe, tmp_path / "run"))
+    assert (model.null_label, model.config.class_names) == (0, None)
+    recipe = dit_recipe(rae, network__unconditional=True, run__precision="bf16", optim__name="muon")
+    assert DiffusionModel.from_pretrained(train_dit(recipe, tmp_path / "digits")).null_label == 0
+
+
+def test_another_autoencoder_is_refused_on_resume(rae, tmp_path):
+    link = tmp_path / "rae"
+    link.symlink_to(rae)
+    train_dit(dit_recipe(link), tmp_path / "run")
+    link.unlink()
+    encoder = save_encoder(tmp_path / "encoder")
+    other = train_decoder(decoder_recipe(encoder, statistics=False), tmp_path / "other")
+    link.symlink_to(other)
+    with pytest.raises(TrainingError, match="was trained on latents"):
+        train_dit(dit_recipe(link), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"network__head": (8, 2, 1)}, "Theorem 1"),
+        ({"network__size": (18, 3, 1)}, "multiple of 4"),
+        ({"latents": "memory", "data__crop": "random"}, "set latents: online"),
+    ],
+)
+def test_impossible_recipes(rae, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        train_dit(dit_recipe(rae, **changes), tmp_path / "run")
