@@ -1,6 +1,9 @@
 """Stage 2: what the loop computes, what it saves, and how it refuses."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,6 +89,25 @@ def test_small_micro_batches_compute_the_large_batch(rae, tmp_path):
         parts = train_dit(recipe, tmp_path / latents)
         assert log(parts, "loss") == pytest.approx(log(whole, "loss"), rel=1e-4)
         assert log(parts, "grad_norm") == pytest.approx(log(whole, "grad_norm"), rel=1e-3)
+
+
+def test_two_processes_compute_what_one_does(rae, tmp_path):
+    length = {"run__duration": "4st", "run__log_every": "1st", "run__micro_batch": 2}
+    one = train_dit(dit_recipe(rae, **length), tmp_path / "one")
+    (tmp_path / "two.py").write_text(
+        "import sys\n"
+        "from rae.config import load_recipe\n"
+        "from rae.training.dit import DiTRecipe, train_dit\n"
+        "train_dit(load_recipe(DiTRecipe, sys.argv[1]), sys.argv[2])\n"
+    )
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    script = [tmp_path / "two.py", one / "recipe.yaml", tmp_path / "two"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", *launch, *script], check=True, capture_output=True, env=environment)
+    # Noise belongs to the image, so two processes draw what one alone draws.
+    assert log(tmp_path / "two", "loss") == pytest.approx(log(one, "loss"), rel=1e-5)
+    assert log(tmp_path / "two", "grad_norm") == pytest.approx(log(one, "grad_norm"), rel=1e-4)
 
 
 def test_cached_parts_follow_the_stream(rae):

@@ -208,7 +208,7 @@ def _of_law(law: SigmaLaw, u: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def _held_out_l1(rae: RAE, images: Images, recipe: DecoderRecipe) -> float:
-    """Mean |reconstruction - image| over held-out images, without noise and in float32."""
+    """Mean |reconstruction - image| over held-out images, without noise."""
     count, device, errors = min(len(images), recipe.run.evaluate_images), next(rae.decoder.parameters()).device, []
     chunks = [range(start, min(start + 64, count)) for start in range(0, count, 64)]
     for batch in loader(Views(images, recipe.data, rae.output_size), chunks, recipe.data):

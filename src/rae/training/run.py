@@ -39,7 +39,7 @@ T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What a resumed run may ask for differently: how long, how often, how it is watched, how fast images are decoded.
 FREE = {"run.duration", "run.log_every", "run.save_every", "run.evaluate_every", "run.keep", "run.trackers"}
-FREE |= {"data.workers"}
+FREE |= {"run.evaluate_images", "sheet.images", "sheet.steps", "sheet.cfg", "data.workers"}
 
 
 class TrainingError(RuntimeError):
@@ -71,7 +71,7 @@ class Run:
         local_batch: images of this process in one step; `micro_batch` of them at a time.
         checkpoint: the one to go on from, or None.
         seen: images seen.
-        stop: the signal that asked for the end, or None.
+        stop: the signal by which all processes agreed to end after this step, or None.
     """
 
     def __init__(self, folder: str | Path, recipe: Config, epoch: int) -> None:
@@ -104,7 +104,7 @@ class Run:
         self.micro_batch = config.micro_batch or self.local_batch
         self.main = self.accelerator.is_main_process
         self.console = Console(stderr=True, quiet=not self.main)
-        self.seen, self.stop, self._window, self._broken = 0, None, {}, set()
+        self.seen, self.stop, self._asked, self._window = 0, None, None, {}
 
     def __enter__(self) -> "Run":
         """Claim the folder, compare the recipe with the one it was begun with, find the checkpoint to go on from.
@@ -172,13 +172,18 @@ class Run:
                 yield part
 
     def step_optimizers(self, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> float:
-        """Clip the gradients, step, clear them; returns their norm before clipping."""
+        """Clip the gradients, step, clear them; returns their norm before clipping.
+
+        Raises:
+            TrainingError: the norm is not finite.
+        """
         clip = self.recipe.optim.clip
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip).item()
+        self._require_finite("gradient's norm", norm)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        return float(norm)
+        return norm
 
     def resume(self, state: dict[str, Any], identity: dict[str, str]) -> None:
         """Go on from a checkpoint's `state`, provided that data and latents are still the same."""
@@ -197,8 +202,8 @@ class Run:
 
     def begin(self) -> None:
         """Open progress, log and trackers: everything is loaded and the loop starts."""
-        if self.main:
-            _truncate_log(self.folder / "log.jsonl", self.seen)
+        kept = _truncate_log(self.folder / "log.jsonl", self.seen) if self.main else []
+        self._broken = {line["broken"] for line in kept if "broken" in line}
         if self.config.trackers:
             self.accelerator.init_trackers(self.folder.resolve().name)
             self._stack.callback(self.accelerator.end_training)
@@ -240,18 +245,23 @@ class Run:
         Raises:
             TrainingError: one is not finite.
         """
-        mine = torch.cat([losses, losses.new_tensor([self.stop or 0])])
+        mine = torch.cat([losses, losses.new_tensor([self._asked or 0])])
         everyone = self.accelerator.gather(mine[None])
         values, self.stop = everyone[:, :-1].mean(0).tolist(), int(everyone[:, -1].max()) or None
-        if not all(map(math.isfinite, values)):
-            kept = checkpoints(self.folder)
-            raise TrainingError(
-                f"the loss is {values[0]} in step {self.step} (images {self.seen:,} to "
-                f"{self.seen + self.config.batch:,}). Its weights are not saved; "
-                f"{f'the last checkpoint is {kept[-1]}' if kept else 'there is no checkpoint yet'}. "
-                "Lower optim.lr, lengthen optim.warmup, or set run.precision: fp32, in a new folder."
-            )
+        for value in values:
+            self._require_finite("loss", value)
         return values
+
+    def _require_finite(self, name: str, value: float) -> None:
+        if math.isfinite(value):
+            return
+        kept = checkpoints(self.folder)
+        last = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+        raise TrainingError(
+            f"the {name} is {value} in step {self.step} (images {self.seen:,} to {self.seen + self.config.batch:,}). "
+            f"Nothing of it is saved; {last}. In a new folder, lower optim.lr, lengthen optim.warmup, or set "
+            "run.precision: fp32."
+        )
 
     def save(self, write: Callable[[Path], None]) -> None:
         """Write a checkpoint; where a signal asked for the end, end here with its exit status."""
@@ -270,18 +280,16 @@ class Run:
         for batch in batches:
             for position, index in zip(batch["position"].tolist(), batch["index"].tolist()):
                 wanted = image_index(position, len(stream.images), stream.seed)
-                if wanted != index and wanted not in self._broken:
-                    self._broken.add(wanted)
-                    self.warn(
-                        f"{stream.images.names[wanted]} cannot be read; the next image takes its place "
-                        f"({len(self._broken)} so far)"
-                    )
-                    self.record(broken=stream.images.names[wanted])
+                name = stream.images.names[wanted]
+                if wanted != index and name not in self._broken:
+                    self._broken.add(name)
+                    self.warn(f"{name} cannot be read; the next image takes its place ({len(self._broken)} so far)")
+                    self.record(broken=name)
             yield batch
 
     def warn(self, message: str | None) -> None:
         if message:
-            self.console.print(f"[yellow]{message}", highlight=False, soft_wrap=True)
+            self._say(message, style="yellow")
 
     def conclude(self) -> Path:
         """The table of what the run wrote."""
@@ -301,8 +309,8 @@ class Run:
         self.console.print(table)
         return self.folder
 
-    def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+    def _say(self, text: str, style: str | None = None) -> None:
+        self.console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -312,7 +320,7 @@ class Run:
             return
 
         def receive(number: int, _: object) -> None:
-            self.stop = number
+            self._asked = number
             signal.signal(number, before[number])
             self._say(f"{signal.Signals(number).name}: finishing the step and saving; once more to end at once")
 
@@ -371,13 +379,14 @@ def _check_trackers(trackers: tuple[str, ...]) -> None:
             raise TrainingError(f"run.trackers names {name}, which is not installed: pip install {name}")
 
 
-def _truncate_log(path: Path, seen: int) -> None:
-    """Drop what a killed run wrote after its last checkpoint, which will be written again."""
+def _truncate_log(path: Path, seen: int) -> list[dict[str, Any]]:
+    """Drop what a killed run wrote after its last checkpoint, which will be written again; returns what stays."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["images"] <= seen]
     aside = path.with_name(".tmp-log.jsonl")
     aside.write_text("".join(kept))
     os.replace(aside, path)
+    return [json.loads(line) for line in kept]
 
 
 def _size(path: Path) -> str:
