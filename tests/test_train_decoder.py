@@ -199,7 +199,7 @@ def test_broken_image_is_fatal_or_reported_once(encoder, tmp_path, capsys):
 def test_loss_that_is_not_finite_stops_the_run(encoder, tmp_path):
     recipe = decoder_recipe(encoder, optim__lr=1e30, run__save_every="1st")
     with pytest.raises(
-        TrainingError, match=r"the (loss|gradient's norm) is (nan|inf) in step \d+ \(images .* Lower optim\.lr"
+        TrainingError, match=r"the (loss|gradient's norm) is (nan|inf) in step \d+ \(images .* lower optim\.lr"
     ):
         train_decoder(recipe, tmp_path / "run")
 

@@ -100,8 +100,8 @@ def test_two_processes_compute_what_one_does(rae, tmp_path):
         "from rae.training.dit import DiTRecipe, train_dit\n"
         "train_dit(load_recipe(DiTRecipe, sys.argv[1]), sys.argv[2])\n"
     )
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
     script = [tmp_path / "two.py", one / "recipe.yaml", tmp_path / "two"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-m", *launch, *script], check=True, capture_output=True, env=environment)
