@@ -171,9 +171,9 @@ def test_attention_sees_only_relative_positions_of_rows_and_of_columns(monkeypat
         return v
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
-    angles = rotary_angles((h, w), 8)[:, None, None]
+    rotation = torch.exp(1j * rotary_angles((h, w), 8)[:, None]).to(torch.complex64)
     # equal contents, so that only positions tell tokens apart
-    Attention(8, 1, qk_norm=False)(torch.ones(1, h * w, 8), (angles.cos().float(), angles.sin().float()))
+    Attention(8, 1, qk_norm=False)(torch.ones(1, h * w, 8), rotation)
     scores = seen["scores"]
     torch.testing.assert_close(scores[0, 0, 1, 2], scores[1, 1, 2, 3])
     torch.testing.assert_close(scores[0, 1, 2, 0], scores[0, 2, 2, 1])

@@ -188,7 +188,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with rotary embedding on queries and keys, both turned in one operation."""
+    """Multi-head attention with rotary embedding on queries and keys."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool):
         super().__init__()
@@ -198,19 +198,24 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(width // heads) if qk_norm else None
         self.proj = Linear(width, width)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        # tokens [B,N,W] -> qkv [B,N,3,heads,head_dim]
-        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))
-        qk, v = qkv[:, :, :2], qkv[:, :, 2]
+    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
+        # tokens [B,N,W] -> q, k, v [B,N,heads,head_dim]
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)
         if self.q_norm is not None:
-            qk = torch.stack([self.q_norm(qk[:, :, 0]), self.k_norm(qk[:, :, 1])], dim=2)
-        # rotate neighbouring pairs: (a, b) -> (a cos - b sin, b cos + a sin), in float32
-        cos, sin = rotary
-        a, b = qk.unflatten(-1, (-1, 2)).unbind(-1)
-        qk = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(v.dtype)
-        q, k = qk.permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v.transpose(1, 2))
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (rotate(z, rotation).to(v.dtype) for z in (q, k))
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.proj(out.transpose(1, 2).flatten(2))
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Neighbouring pairs as complex numbers, turned: (a + i b) e^(i angle), in float32.
+
+    Args:
+        x: [B,N,heads,head_dim].
+        rotation: e^(i angle), complex64 [N,1,head_dim/2].
+    """
+    return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * rotation).flatten(-2)
 
 
 class SwiGLU(nn.Module):
@@ -237,10 +242,11 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width, int(2 / 3 * int(mlp_ratio * width)))
         self.modulation = Linear(width, 6 * width)
 
-    def forward(self, x: Tensor, c: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, rotation: Tensor) -> Tensor:
         dtype = c.dtype
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(c)).float().chunk(6, dim=-1)
-        x = torch.addcmul(x, gate1, self.attn(self.norm1.modulated(x, shift1, scale1).to(dtype), rotary).float())
+        modulation = self.modulation(F.silu(c)).chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (part.float() for part in modulation)
+        x = torch.addcmul(x, gate1, self.attn(self.norm1.modulated(x, shift1, scale1).to(dtype), rotation).float())
         return torch.addcmul(x, gate2, self.mlp(self.norm2.modulated(x, shift2, scale2).to(dtype)).float())
 
 
@@ -289,7 +295,7 @@ class DiT(nn.Module):
         self.time = TimeEmbedding(config.width)
         self.labels = nn.Embedding(config.num_classes + 1, config.width)
         self.blocks = _blocks(config.depth, config.width, config.heads, config)
-        self._rotary("rotary", config.width // config.heads)
+        self.register_buffer("rotary", self._rotary(config.width // config.heads), persistent=False)
         self._build_output()
         self.init_weights()
 
@@ -347,7 +353,7 @@ class DiT(nn.Module):
         tokens, time = patchify(x, self.config.patch_size).to(dtype), self.time(t)
         c = (time + self.labels(y))[:, None].to(dtype)
         s = self.embed(tokens).float() + self.position
-        s = _run(self.blocks, s, c, (self.rotary_cos, self.rotary_sin), recompute)
+        s = _run(self.blocks, s, c, self.rotary, recompute)
         return unpatchify(self.final(s, c), self.config.token_grid, self.config.patch_size)
 
     def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -356,10 +362,10 @@ class DiT(nn.Module):
         chosen = {name for name, _ in matrices}
         return {"matrices": matrices, "others": [(n, p) for n, p in self.named_parameters() if n not in chosen]}
 
-    def _rotary(self, name: str, head_dim: int) -> None:
-        angles = rotary_angles(self.config.token_grid, head_dim)[:, None, None]  # [N, q or k, head, head_dim / 2]
-        self.register_buffer(f"{name}_cos", angles.cos().float(), persistent=False)
-        self.register_buffer(f"{name}_sin", angles.sin().float(), persistent=False)
+    def _rotary(self, head_dim: int) -> Tensor:
+        """(cos, sin) of the rotary angles [N, 1 (head), head_dim/2, 2], real: buffers are cast with their module."""
+        angles = rotary_angles(self.config.token_grid, head_dim)[:, None]
+        return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
 
     def _check(self, x: Tensor) -> None:
         expected = (self.config.in_channels, *self.config.grid)
@@ -380,7 +386,8 @@ class DiTDH(DiT):
         self.head_condition = Linear(config.width, config.head_width) if config.width != config.head_width else None
         self.head_embed = Linear(config.token_dim, config.head_width)
         self.head_blocks = _blocks(config.head_depth, config.head_width, config.head_heads, config)
-        self._rotary("head_rotary", config.head_width // config.head_heads)
+        rotary = self._rotary(config.head_width // config.head_heads)
+        self.register_buffer("head_rotary", rotary, persistent=False)
         self.final = FinalLayer(config.head_width, config.token_dim)
 
     @torch.no_grad()
@@ -407,17 +414,11 @@ class DiTDH(DiT):
         # SiLU here, and once more in every modulation: so were the published models trained
         c = F.silu(time + self.labels(y))[:, None].to(dtype)
         s = self.embed(tokens).float() + self.position
-        s = _run(self.blocks, s, c, (self.rotary_cos, self.rotary_sin), recompute)
+        s = _run(self.blocks, s, c, self.rotary, recompute)
         z = F.silu(time[:, None] + s).to(dtype)
         if self.head_condition is not None:
             z = self.head_condition(z)
-        h = _run(
-            self.head_blocks,
-            self.head_embed(tokens).float(),
-            z,
-            (self.head_rotary_cos, self.head_rotary_sin),
-            recompute,
-        )
+        h = _run(self.head_blocks, self.head_embed(tokens).float(), z, self.head_rotary, recompute)
         return unpatchify(self.final(h, z), self.config.token_grid, self.config.patch_size)
 
 
@@ -430,7 +431,8 @@ def _blocks(depth: int, width: int, heads: int, config: DiTConfig) -> nn.ModuleL
     return nn.ModuleList([Block(width, heads, config.mlp_ratio, config.qk_norm) for _ in range(depth)])
 
 
-def _run(blocks: nn.ModuleList, x: Tensor, c: Tensor, rotary: tuple[Tensor, Tensor], recompute: bool) -> Tensor:
+def _run(blocks: nn.ModuleList, x: Tensor, c: Tensor, rotary: Tensor, recompute: bool) -> Tensor:
+    rotation = torch.view_as_complex(rotary)
     for block in blocks:
-        x = checkpoint(block, x, c, rotary, use_reentrant=False) if recompute else block(x, c, rotary)
+        x = checkpoint(block, x, c, rotation, use_reentrant=False) if recompute else block(x, c, rotation)
     return x
