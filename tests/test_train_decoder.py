@@ -171,6 +171,13 @@ def test_another_recipe_is_refused_with_the_difference(encoder, finished):
         train_decoder(decoder_recipe(encoder, noise__tau=0.5, optim__lr=1e-4), finished)
 
 
+def test_recipe_may_change_until_something_is_saved(encoder, tmp_path):
+    with pytest.raises(ConfigError):
+        train_decoder(decoder_recipe(encoder, decoder__patch_size=5), tmp_path / "run")
+    train_decoder(decoder_recipe(encoder), tmp_path / "run")
+    assert load_recipe(DecoderRecipe, tmp_path / "run/recipe.yaml").decoder.patch_size == 8
+
+
 def test_other_images_are_refused_on_resume(encoder, tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(4):

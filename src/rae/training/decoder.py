@@ -4,6 +4,7 @@ images --Stream--> [0,1] images [B,3,H,W] --Encoder--> tokens [B,N,C] --add_nois
        --Decoder--> images [B,3,H,W], compared with the originals
 """
 
+import hashlib
 from pathlib import Path
 from typing import Literal
 
@@ -182,7 +183,8 @@ def _statistics(recipe: DecoderRecipe, encoder: Encoder, images: Images, run: Ru
     """Exact statistics of the training images' latents; taken once, in float32, and kept in the run's folder."""
     if not recipe.statistics:
         return None
-    path = run.folder / "statistics.safetensors"
+    of = hashlib.sha256(f"{images.identity} {encoder.config} {encoder.checksum()}".encode()).hexdigest()
+    path = run.folder / f"statistics-{of[:12]}.safetensors"
     if not path.exists():
         encoder.float()
         stats = latent_statistics(

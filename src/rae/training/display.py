@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -23,7 +24,7 @@ def progress(
     Yields:
         advance(done, note): `done` of `total` images are done.
     """
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, quiet=not PartialState().is_main_process)
     begun = last = time.monotonic()
 
     def speed(done: int) -> str:

@@ -350,9 +350,9 @@ def _claim(folder: Path) -> Iterator[None]:
 
 
 def _check_recipe(folder: Path, recipe: Config) -> None:
-    """Keep the recipe of a new run; refuse to go on with another one, except for what is `FREE`."""
+    """Keep the recipe; refuse to go on from a checkpoint with another one, except for what is `FREE`."""
     path, asked = folder / "recipe.yaml", _flatten(recipe.model_dump(mode="json"))
-    if path.exists():
+    if path.exists() and checkpoints(folder):
         begun = _flatten(load_recipe(type(recipe), path).model_dump(mode="json"))
         changed = [key for key in asked.keys() | begun.keys() if asked.get(key) != begun.get(key) and key not in FREE]
         if changed:
