@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rae.data.images import to_bytes
 
@@ -44,9 +44,9 @@ def progress(
 
         yield advance
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,}/{task.total:,}"))
-    columns += (TextColumn("{task.fields[speed]}"), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as bar:
+    texts = ("{task.completed:,}/{task.total:,}", "{task.fields[speed]}", "{task.fields[note]}")
+    columns = (TextColumn("{task.description}"), BarColumn(16), *map(TextColumn, texts), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=total, completed=start, speed="", note="")
         yield lambda done, note="": bar.update(task, completed=done, speed=speed(done), note=note)
 

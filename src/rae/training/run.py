@@ -213,11 +213,11 @@ class Run:
         )
 
     def finish_step(self, **figures: float) -> None:
-        """Count one step; `figures` are averaged until the next line of the log."""
+        """Count one step; `figures`, among them `loss`, are averaged until the next line of the log."""
         self.seen += self.config.batch
         for name, value in figures.items():
             self._window.setdefault(name, []).append(value)
-        self._advance(self.seen, " ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        self._advance(self.seen, f"loss {figures['loss']:.4f}")
 
     def due(self, what: Literal["log", "evaluate", "save"]) -> bool:
         return self.seen % self.every[what] == 0 or self.finished or (what == "save" and self.stop is not None)
