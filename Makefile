@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # The torch release that is tested; on a CPU machine its CPU build is the one without gigabytes of CUDA packages.
 TORCH  ?= torch==2.13.0
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint help clean
 
 demo: $(VENV)/installed
 	$(BIN)/rae demo
@@ -23,6 +23,10 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
+
+# Writes the checked-in help of every command, after a change of src/rae/cli.py.
+help: $(VENV)/installed
+	$(BIN)/python tests/test_cli.py > docs/help.txt
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

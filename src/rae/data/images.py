@@ -279,8 +279,10 @@ def to_unit(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 255  # uint8 [B, 3, h, w] -> [0, 1] float32
 
 
-def to_bytes(images: torch.Tensor) -> torch.Tensor:
-    return (images.clamp(0, 1) * 255).round().byte()  # any float images -> uint8, nearest level
+def to_bytes(images: torch.Tensor, rounding: Literal["nearest", "truncate"] = "nearest") -> torch.Tensor:
+    """Any float images -> uint8: clamp(0, 1) * 255, to the nearest level or, as in the authors' code, truncated."""
+    levels = images.clamp(0, 1) * 255
+    return (levels.round() if rounding == "nearest" else levels).byte()
 
 
 _PHOTOGRAPH_NAMES = [name for name, _ in PHOTOGRAPHS]

