@@ -1,6 +1,7 @@
 """A diffusion model as people keep it: the network, its flow, and the latent space and classes it was trained on."""
 
 import difflib
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -80,6 +81,10 @@ class DiffusionModel(nn.Module):
     def label_indices(self, labels: Sequence[int] | Sequence[str]) -> Tensor:
         """Class names or indices -> indices [B]; an unknown one is an error that names the nearest."""
         names, classes = self.config.class_names, self.config.network.num_classes
+        if classes == 0:
+            raise ValueError("this model is unconditional: it knows no classes; give labels=None.")
+        if isinstance(labels, str):
+            raise ValueError(f"labels {labels!r} is one string; give a list with one class per image.")
         found = []
         for label in labels:
             if isinstance(label, str):
@@ -92,7 +97,7 @@ class DiffusionModel(nn.Module):
                 label = names.index(label)
             if not 0 <= label < classes:
                 raise ValueError(f"class {label}: this model has {classes} classes, 0..{classes - 1}.")
-            found.append(int(label))
+            found.append(operator.index(label))
         return torch.tensor(found, dtype=torch.int64)
 
     def check_autoencoder(self, rae) -> None:
@@ -107,6 +112,21 @@ class DiffusionModel(nn.Module):
                 f"the diffusion model was trained in latent space {identity[:12]}, this autoencoder's is "
                 f"{rae.latent_identity[:12]}: another encoder, image size or other latent statistics. Use the "
                 "autoencoder it was trained with; only the decoder may differ."
+            )
+
+    def check_classes(self, other: "DiffusionModel") -> None:
+        """Raise ValueError unless a label means the same to `other`, which this model is to guide."""
+        mine, theirs = self.config, other.config
+        if self.null_label != other.null_label:
+            raise ValueError(
+                f"the guiding model has {self.null_label} classes, the guided one {other.null_label}: their labels "
+                "mean different things; guide with a model trained on the same classes."
+            )
+        if mine.class_names and theirs.class_names and mine.class_names != theirs.class_names:
+            first = next(pair for pair in zip(mine.class_names, theirs.class_names) if pair[0] != pair[1])
+            raise ValueError(
+                f"the guiding model's classes are not the guided one's: where it has {first[0]!r} the other has "
+                f"{first[1]!r}; guide with a model trained on the same classes."
             )
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -5,6 +5,7 @@ is a generator of states: one for every point of the grid, the start included; t
 """
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -108,8 +109,8 @@ def dopri5(
         while (active := (t > end).nonzero().flatten()).numel():
             taken = torch.minimum(step[active], t[active] - end)
             proposed, error = _dopri5_step(velocity, x[active], y[active], t[active], taken, rtol, atol)
-            if not error.isfinite().all():
-                raise FloatingPointError(f"dopri5: the velocity is not finite near t = {t[active].min():.4f}.")
+            if not (finite := error.isfinite()).all():
+                raise FloatingPointError(f"dopri5: the velocity is not finite near t = {t[active][~finite][0]:.4f}.")
             accepted = error <= 1
             growth = (0.9 * error.clamp(min=1e-10) ** -0.2).clamp(0.2, 10)
             # a step cut short by the grid says nothing against the longer one
@@ -168,7 +169,7 @@ def euler_maruyama(
         form: of D(t).
     """
     yield x
-    for (t, t_next), n in zip(times.unfold(0, 2, 1).tolist(), noise):
+    for (t, t_next), n in zip(times.unfold(0, 2, 1).tolist(), noise, strict=True):
         dt = t - t_next
         v = velocity(x, x.new_full((len(x),), t), y)
         x = x - _drift(v, x, t, form) * dt + math.sqrt(2 * diffusion_coefficient(form, t) * dt) * n
@@ -181,7 +182,7 @@ def heun_sde(
 ) -> Iterator[Tensor]:
     """x^ = x + sqrt(2 D dt) n, then Heun's step of the drift: two calls per step. Arguments as `euler_maruyama`."""
     yield x
-    for (t, t_next), n in zip(times.unfold(0, 2, 1).tolist(), noise):
+    for (t, t_next), n in zip(times.unfold(0, 2, 1).tolist(), noise, strict=True):
         dt = t - t_next
         x = x + math.sqrt(2 * diffusion_coefficient(form, t) * dt) * n
         drift = _drift(velocity(x, x.new_full((len(x),), t), y), x, t, form)
@@ -250,20 +251,29 @@ def generate(
         model: the diffusion model.
         rae: the autoencoder whose latents the model was trained on; another one is refused.
         labels: one class index or class name per image; None for images of no class (unconditional).
-        seeds: one integer per image.
-        steps, grid: see `time_grid`.
+        seeds: one integer per image, in 0 .. 2^32 - 1 (all that torch's generator tells apart).
+        steps, grid: see `time_grid`; a stochastic sampler takes "points" only, and ends them at shift(0.04).
         sampler: "euler", "heun", "dopri5", or, stochastic, "euler-maruyama", "heun-sde" (with a noiseless last step).
         guidance: None, `CFG(scale, t_min, t_max)` or `AutoGuidance(weak, scale, t_min, t_max)`.
         batch_size: images at a time.
 
     Raises:
-        ValueError: an autoencoder, class, sampler or length that does not fit; before anything is computed.
+        ValueError: an argument that does not fit the others; at the call, before anything is computed.
     """
     model.check_autoencoder(rae)
     if isinstance(guidance, AutoGuidance):
         guidance.weak.check_autoencoder(rae)
+        guidance.weak.check_classes(model)
+    if isinstance(guidance, CFG) and labels is None:
+        raise ValueError("CFG moves away from images of no class, so without labels it does nothing; use AutoGuidance.")
     if sampler not in ODE_SAMPLERS and sampler not in SDE_SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}; there are {', '.join([*ODE_SAMPLERS, *SDE_SAMPLERS])}.")
+    if sampler in SDE_SAMPLERS and grid != "points":
+        raise ValueError(f"sampler {sampler!r} takes the grid 'points' only, not {grid!r}.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size}: it must be at least 1.")
+    if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:
+        raise ValueError(f"seed {wrong[0]}: seeds are integers in 0 .. 2^32 - 1.")
     y = model.label_indices(labels) if labels is not None else torch.full((len(seeds),), model.null_label)
     if len(y) != len(seeds):
         raise ValueError(f"{len(y)} labels and {len(seeds)} seeds; give one of each per image.")
@@ -274,10 +284,11 @@ def generate(
         if sampler in ODE_SAMPLERS
         else time_grid(steps, model.flow.shift, "points", last=0.04)
     )
-    seeds = torch.as_tensor(seeds)
+    seeds = torch.tensor([operator.index(seed) for seed in seeds], dtype=torch.int64)
     return _generate(model, rae, velocity, sampler, times, y, seeds, batch_size)
 
 
+@torch.no_grad()
 def _generate(model, rae, velocity, sampler, times, y, seeds, batch_size) -> Iterator[Samples]:
     device = model.device
     for y_batch, seed_batch in zip(y.split(batch_size), seeds.split(batch_size)):
