@@ -14,6 +14,7 @@ from rae.training.checkpoint import (
     find_damage,
     load_training_state,
     newest_checkpoint,
+    read_state,
     save_checkpoint,
     save_training_state,
 )
@@ -61,7 +62,8 @@ def test_training_goes_on_from_a_checkpoint_bit_for_bit(tmp_path, name):
     folder = save(tmp_path, 3, model, optimizers)
     train(model, optimizers, 4)
     resumed, resumed_optimizers = make(name, seed=1)
-    assert load_training_state(folder / "train", resumed, resumed_optimizers) == {"images": 3}
+    load_training_state(folder / "train", resumed, resumed_optimizers)
+    assert read_state(folder / "train") == {"images": 3}
     train(resumed, resumed_optimizers, 4)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters()))
 

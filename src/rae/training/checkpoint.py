@@ -119,16 +119,18 @@ def save_training_state(
     (folder / "state.json").write_text(json.dumps(state, indent=1))
 
 
-def load_training_state(
-    folder: Path, model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]
-) -> dict[str, Any]:
-    """Inverse of `save_training_state`, strict both ways; returns `state`."""
+def load_training_state(folder: Path, model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Load weights and optimiser that `save_training_state` wrote; nothing may be missing or left over."""
     load_weights(model, folder / "weights.safetensors")
     tensors = load_file(folder / "optimizer.safetensors")
     for optimizer in optimizers:
         _load_optimizer(optimizer, tensors, folder)
     if tensors:
         raise CheckpointError(f"{folder}: optimiser state of unknown parameters: {', '.join(sorted(tensors)[:5])}.")
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The loop's own `state` that `save_training_state` wrote."""
     return json.loads((folder / "state.json").read_text())
 
 

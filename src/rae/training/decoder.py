@@ -120,7 +120,8 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path) -> Path:
         # --- load -----------------------------------------------------------------------------------------------------
         identity = {"images": images.identity, "encoder": encoder.checksum()}
         if run.checkpoint:
-            run.resume(load_training_state(run.checkpoint / "train", decoder, optimizers), identity)
+            run.resume(identity)
+            load_training_state(run.checkpoint / "train", decoder, optimizers)
             load_weights(ema, run.checkpoint / "model/decoder.safetensors")
         if run.finished:
             return run.conclude()

@@ -118,7 +118,8 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
         # --- load -----------------------------------------------------------------------------------------------------
         identity = {"images": images.identity, "latents": rae.latent_identity}
         if run.checkpoint:
-            run.resume(load_training_state(run.checkpoint / "train", model.network, optimizers), identity)
+            run.resume(identity)
+            load_training_state(run.checkpoint / "train", model.network, optimizers)
             load_weights(ema.network, run.checkpoint / "model/model.safetensors")
         if run.finished:
             return run.conclude()

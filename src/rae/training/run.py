@@ -30,7 +30,7 @@ from rich.table import Table
 from rae.config import Config, ConfigError, load_recipe
 from rae.data.images import Stream
 from rae.data.order import batch_positions, image_index
-from rae.training.checkpoint import checkpoints, newest_checkpoint, save_checkpoint
+from rae.training.checkpoint import checkpoints, newest_checkpoint, read_state, save_checkpoint
 from rae.training.display import progress
 from rae.training.durations import Duration, in_images
 from rae.training.optim import OptimConfig, lr_factor, set_lr
@@ -185,8 +185,9 @@ class Run:
             optimizer.zero_grad()
         return norm
 
-    def resume(self, state: dict[str, Any], identity: dict[str, str]) -> None:
-        """Go on from a checkpoint's `state`, provided that data and latents are still the same."""
+    def resume(self, identity: dict[str, str]) -> None:
+        """Go on from the checkpoint's state, provided that images and latents are still the same."""
+        state = read_state(self.checkpoint / "train")
         for name, now in identity.items():
             if state["identity"][name] != now:
                 raise TrainingError(
