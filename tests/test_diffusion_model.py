@@ -1,0 +1,194 @@
+"""A saved model comes back bit for bit, and whatever is not a saved model is refused with the reason."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rae.config import ConfigError
+from rae.diffusion.dit import DiTConfig, DiTDHConfig
+from rae.diffusion.flow import Flow, data_from_velocity
+from rae.diffusion.model import DiffusionModel, DiffusionModelConfig
+
+COMMON = {"in_channels": 6, "grid": (2, 3), "width": 16, "heads": 2, "depth": 1, "num_classes": 3}
+NETWORKS = {
+    "dit": DiTConfig(**COMMON),
+    "dit-dh": DiTDHConfig(**COMMON, head_width=24, head_heads=3, head_depth=1, qk_norm=True),
+    "narrow": DiTConfig(**COMMON | {"in_channels": 20}, allow_narrow=True),
+}
+
+
+def make(network: str = "dit", **flow) -> DiffusionModel:
+    torch.manual_seed(3)
+    config = DiffusionModelConfig(
+        network=NETWORKS[network],
+        flow=Flow(shift=1.7, **flow),
+        latent_identity="0123456789abcdef",
+        class_names=("cat", "dog", "bird"),
+    )
+    model = DiffusionModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    return model
+
+
+def inputs(model):
+    return torch.randn(2, *model.latent_shape), torch.tensor([0.2, 0.9]), torch.tensor([1, 3])
+
+
+@pytest.fixture
+def saved(tmp_path):
+    make("dit-dh").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit(folder, change):
+    data = json.loads((folder / "config.json").read_text())
+    change(data)
+    (folder / "config.json").write_text(json.dumps(data))
+
+
+# --- there and back --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("prediction", ["v", "x"])
+def test_saved_and_loaded_is_the_same_to_the_bit(tmp_path, network, prediction):
+    model = make(network, prediction=prediction, time_law="logit-normal", logit_mean=-0.3)
+    model.save_pretrained(tmp_path / "new" / "folder")
+    again = DiffusionModel.from_pretrained(tmp_path / "new" / "folder")
+    assert again.config == model.config
+    state, state_again = model.network.state_dict(), again.network.state_dict()
+    assert state.keys() == state_again.keys()
+    assert all(torch.equal(state[name], state_again[name]) for name in state)
+    arguments = inputs(model)
+    assert torch.equal(again(*arguments), model(*arguments))
+    assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_a_folder_holds_two_files_and_no_pickle(saved):
+    assert sorted(file.name for file in saved.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_saving_again_replaces(saved):
+    other = make("dit")
+    other.save_pretrained(saved)
+    assert DiffusionModel.from_pretrained(saved).config == other.config
+
+
+def test_a_run_folder_stands_for_its_newest_checkpoint(tmp_path):
+    make("dit").save_pretrained(tmp_path / "checkpoints" / "000000100" / "model")
+    make("dit-dh").save_pretrained(tmp_path / "checkpoints" / "000000200" / "model")
+    (tmp_path / "latest").write_text("000000100\n")
+    assert DiffusionModel.from_pretrained(tmp_path).config.network.kind == "dit"
+    (tmp_path / "latest").write_text("000000300\n")
+    with pytest.raises(ConfigError, match="000000300"):
+        DiffusionModel.from_pretrained(tmp_path)
+
+
+def test_dtype_is_that_of_the_products_not_of_the_weights(saved):
+    exact, rounded = (DiffusionModel.from_pretrained(saved, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert {p.dtype for p in rounded.parameters()} == {torch.float32}
+    arguments = inputs(exact)
+    a, b = exact(*arguments), rounded(*arguments)
+    assert b.dtype == torch.float32
+    assert 0 < (a - b).abs().max() < 0.1 * a.abs().max()
+
+
+def test_call_gives_velocity_and_predict_the_networks_own():
+    model, same = make(prediction="x"), make()
+    x, t, y = inputs(model)
+    with torch.no_grad():
+        assert torch.equal(model.predict(x, t, y), same.predict(x, t, y))
+        torch.testing.assert_close(data_from_velocity(model(x, t, y), x, t), model.predict(x, t, y))
+        assert torch.equal(same(x, t, y), same.predict(x, t, y))
+
+
+def test_what_it_knows_of_itself():
+    model = make()
+    assert model.latent_shape == (6, 2, 3)
+    assert model.null_label == 3
+    assert model.flow.shift == 1.7
+    assert model.label_indices(["bird", "cat"]).tolist() == model.label_indices(torch.tensor([2, 0])).tolist() == [2, 0]
+
+
+# --- files that are not such a model ---------------------------------------------------------------------------------
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere.*not a folder that rae saved"):
+        DiffusionModel.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])
+def test_truncated_weights_are_refused(saved, keep):
+    weights = saved / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be loaded"):
+        DiffusionModel.from_pretrained(saved)
+
+
+def test_missing_weights_are_refused(saved):
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be loaded"):
+        DiffusionModel.from_pretrained(saved)
+
+
+def test_a_pickle_in_place_of_weights_is_refused(saved):
+    torch.save(make("dit-dh").network.state_dict(), saved / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be loaded"):
+        DiffusionModel.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("position"), "position"),
+        (lambda w: w.update(extra=torch.zeros(1)), "extra"),
+        (lambda w: w.update(position=torch.zeros(7, 16)), r"\[7, 16\].*\[6, 16\]"),
+    ],
+    ids=["missing", "unexpected", "shape"],
+)
+def test_weights_fit_exactly(saved, change, message):
+    weights = load_file(saved / "model.safetensors")
+    change(weights)
+    save_file(weights, saved / "model.safetensors")
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        DiffusionModel.from_pretrained(saved)
+
+
+def test_weights_of_another_network_are_refused(saved, tmp_path):
+    make("dit").save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").replace(saved / "model.safetensors")
+    with pytest.raises(ValueError, match="head_blocks"):
+        DiffusionModel.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["network"].update(dephts=c["network"].pop("depth")), r"network\.dit-dh\.dephts.*'depth'"),
+        (lambda c: c["flow"].update(shfit=2.0), r"flow\.shfit.*'shift'"),
+        (lambda c: c["flow"].pop("shift"), r"flow\.shift.*required"),
+        (lambda c: c["network"].update(kind="u-net"), r"network.*u-net|u-net.*network"),
+        (lambda c: c["network"].pop("kind"), "network.*kind"),
+        (lambda c: c["network"].update(head_width=4, head_heads=1), "Theorem 1"),
+        (lambda c: c.update(class_names=["cat", "dog"]), "2 class names for 3 classes"),
+        (lambda c: c["flow"].update(shift="large"), r"flow\.shift.*large"),
+    ],
+)
+def test_configurations_that_do_not_fit_name_file_and_key(saved, change, message):
+    edit(saved, change)
+    with pytest.raises(ConfigError, match=f"(?s){message}") as error:
+        DiffusionModel.from_pretrained(saved)
+    assert str(saved / "config.json") in str(error.value)
+
+
+@pytest.mark.parametrize("text", ['{"model_type": "dinov2", "hidden_size": 384}', "[1, 2]", '{"network": {', ""])
+def test_foreign_and_damaged_configurations_are_refused(saved, text):
+    (saved / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        DiffusionModel.from_pretrained(saved)
