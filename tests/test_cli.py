@@ -8,38 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from click.testing import CliRunner
 from PIL import Image
-from tiny import decoder_recipe, dit_recipe, save_encoder
+from tiny import decoder_recipe
 
 import rae.cli
 from rae import RAE, DiffusionModel, LatentStats, generate
 from rae.data.images import Views, open_split, to_bytes, to_unit
 
 ROOT = Path(__file__).parent.parent
-EPOCH_OF_TINY = {"run__duration": "6st", "run__save_every": "3st", "run__evaluate_every": "100%"}
-
-
-def run(*arguments) -> str:
-    """Output of a command that must succeed."""
-    result = CliRunner().invoke(rae.cli.rae, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    """encoder/, decoder.yaml, decoder/, dit.yaml and dit/, the runs trained by the commands."""
-    root = tmp_path_factory.mktemp("runs")
-    encoder = save_encoder(root / "encoder")
-    recipe = decoder_recipe(encoder, **EPOCH_OF_TINY).model_dump(mode="json")
-    (root / "decoder.yaml").write_text(yaml.safe_dump(recipe))
-    run("train-decoder", root / "decoder.yaml", "run.duration=3st", "--out", root / "decoder")
-    recipe = dit_recipe(root / "decoder", **EPOCH_OF_TINY).model_dump(mode="json")
-    (root / "dit.yaml").write_text(yaml.safe_dump(recipe))
-    run("train-dit", root / "dit.yaml", "--out", root / "dit")
-    return root
 
 
 def pngs(folder: Path) -> np.ndarray:
@@ -80,16 +57,17 @@ def test_recipes_name_commands_that_exist():
 # --- training
 
 
-def test_overrides_and_going_on(runs):
-    assert (runs / "decoder/latest").read_text() == "000000024\n"  # 3 steps of 8 images, not the file's 6
-    output = run("train-decoder", runs / "decoder.yaml", "run.duration=3st", "--out", runs / "decoder")
-    assert "finished, 24 images seen" in output
+def test_overrides_win_and_a_finished_run_says_so(run, runs, tmp_path):
+    command = ["train-decoder", runs / "decoder.yaml", "run.duration=2st", "--out", tmp_path / "run"]
+    run(*command)
+    assert (tmp_path / "run/latest").read_text() == "000000016\n"  # 2 steps of 8 images, not the file's 6
+    assert "finished, 16 images seen" in run(*command)
 
 
 # --- sampling
 
 
-def test_samples_are_those_of_generate(runs, tmp_path):
+def test_samples_are_those_of_generate(run, runs, tmp_path):
     out, npz = tmp_path / "samples", tmp_path / "samples.npz"
     options = ["--steps", 3, "--grid", "calls", "--cfg", 1.5, "--interval", 0.1, 0.9, "--seed", 5, "--batch", 2]
     run("sample", runs / "dit", "--labels", "7,1", "--per-class", 2, *options, "--out", out, "--npz", npz)
@@ -109,7 +87,7 @@ def test_samples_are_those_of_generate(runs, tmp_path):
     assert protocol["latents"] == autoencoder.latent_identity
 
 
-def test_sampling_goes_on_where_it_stopped(runs, tmp_path):
+def test_sampling_goes_on_where_it_stopped(run, runs, tmp_path):
     command = ["sample", runs / "dit", "--num", 12, "--steps", 3, "--batch", 4, "--out", tmp_path / "samples"]
     run(*command)
     whole = pngs(tmp_path / "samples")
@@ -125,7 +103,7 @@ def test_sampling_goes_on_where_it_stopped(runs, tmp_path):
     assert labels == [*range(10), 0, 1]  # classes take turns
 
 
-def test_autoguidance_by_itself_is_no_guidance(runs, tmp_path):
+def test_autoguidance_by_itself_is_no_guidance(run, runs, tmp_path):
     plain = ["sample", runs / "dit", "--num", 2, "--steps", 3, "--autoencoder", runs / "decoder"]
     run(*plain, "--out", tmp_path / "plain")
     run(*plain, "--autoguidance", runs / "dit", 2.0, "--out", tmp_path / "guided")
@@ -141,7 +119,7 @@ def test_rounding_has_a_name():
 # --- reconstruction, statistics, the rest
 
 
-def test_reconstruct_shows_both_and_measures(runs, tmp_path):
+def test_reconstruct_shows_both_and_measures(run, runs, tmp_path):
     output = run("reconstruct", runs / "decoder", "digits", "--enlarge", "--num", 3, "--out", tmp_path / "out")
     figures = json.loads((tmp_path / "out/figures.json").read_text())
     recipe = decoder_recipe(runs / "encoder", data__held_out=0.0)
@@ -157,14 +135,14 @@ def test_reconstruct_shows_both_and_measures(runs, tmp_path):
     assert torch.equal(pair, torch.cat([image[1], decoded[1]], dim=2).permute(1, 2, 0))
 
 
-def test_stats_are_exact(runs, tmp_path):
+def test_stats_are_exact(run, runs, tmp_path):
     options = ["--image-size", 16, "--enlarge", "--out", tmp_path / "stats.safetensors"]
     run("stats", runs / "encoder", "digits", *options)
     stats = LatentStats.load(tmp_path / "stats.safetensors")
     assert (stats.count, stats.mean.shape) == (1797, (16, 2, 2))
 
 
-def test_encoders_and_doctor(tmp_path, monkeypatch):
+def test_encoders_and_doctor(run, tmp_path, monkeypatch):
     monkeypatch.setenv("RAE_CACHE", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "160")
     table = run("encoders")
@@ -176,9 +154,8 @@ def test_encoders_and_doctor(tmp_path, monkeypatch):
     assert "GFLOP/s" in report
 
 
-def test_verify_passes_its_status_on(tmp_path):
-    cases = ROOT / "tests/golden"
-    assert "1 cases passed" in run("verify", cases / "position_tables")
+def test_verify_passes_its_status_on(run):
+    assert "1 cases passed" in run("verify", ROOT / "tests/golden/position_tables")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Nothing heavy is imported here, so that `rae --help` is quick. An error of ours 
 RAE_TRACEBACK=1 shows where it came from. Ctrl-C ends with 130, and what was written stays.
 """
 
+import errno
 import os
 import traceback
 from pathlib import Path
@@ -26,7 +27,7 @@ class Rae(click.Group):
         except Exception as error:
             if os.environ.get("RAE_TRACEBACK") or not _is_ours(error):
                 raise
-            click.secho(f"error: {error}", fg="red", err=True)
+            click.secho(f"error: {error}{_remedy(error)}", fg="red", err=True)
             context.exit(2)
 
 
@@ -36,6 +37,12 @@ def _is_ours(error: Exception) -> bool:
         return True
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     return isinstance(error, ValueError | FloatingPointError) and raised_in.is_relative_to(Path(__file__).parent)
+
+
+def _remedy(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ". Make room and run the same command again; what was finished before is whole."
+    return ""
 
 
 class Size(click.ParamType):

@@ -1,0 +1,53 @@
+"""Tiny trained runs of both stages, made by the commands once for all tests."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from tiny import decoder_recipe, dit_recipe, save_encoder
+
+from rae.cli import rae
+
+LENGTH = {"run__duration": "6st", "run__save_every": "3st", "run__evaluate_every": "100%"}
+
+
+def invoke(*arguments) -> Result:
+    """`rae ARGUMENTS`, in this process."""
+    return CliRunner().invoke(rae, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="session")
+def run():
+    """`rae ARGUMENTS`, which must succeed: its output."""
+
+    def run(*arguments) -> str:
+        result = invoke(*arguments)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def refused():
+    """`rae ARGUMENTS`, which must be refused in one message without a traceback: that message."""
+
+    def refused(*arguments) -> str:
+        result = invoke(*arguments)
+        assert (result.exit_code, "Traceback" in result.output) == (2, False), result.output
+        return result.output
+
+    return refused
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory, run) -> Path:
+    """encoder/, decoder.yaml, decoder/, dit.yaml and dit/: two checkpoints in each run; not to be written to."""
+    root = tmp_path_factory.mktemp("runs")
+    encoder = save_encoder(root / "encoder")
+    (root / "decoder.yaml").write_text(yaml.safe_dump(decoder_recipe(encoder, **LENGTH).model_dump(mode="json")))
+    run("train-decoder", root / "decoder.yaml", "--out", root / "decoder")
+    (root / "dit.yaml").write_text(yaml.safe_dump(dit_recipe(root / "decoder", **LENGTH).model_dump(mode="json")))
+    run("train-dit", root / "dit.yaml", "--out", root / "dit")
+    return root

@@ -1,0 +1,292 @@
+"""What a person may get wrong, at the command line: one clear message, exit status 2, and nothing is lost."""
+
+import contextlib
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from rae import RAE, DiffusionModel
+from rae.cli import rae
+
+
+def make_images(folder: Path, count: int = 4, size: int = 16) -> Path:
+    folder.mkdir()
+    for i in range(count):
+        pixels = np.random.default_rng(i).integers(0, 256, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    return folder
+
+
+# --- recipes
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "message"),
+    [
+        ("decoder", "run.bacth=4", "run.bacth: unknown key; did you mean 'batch'?"),
+        ("decoder", "optim.lr=fast", "optim.lr: "),
+        ("decoder", "optim", "is not of the form section.key=value"),
+        ("decoder", "encoder.image_size=[20,20]", "not a multiple of its patch size 8"),
+        ("decoder", "decoder.patch_size=5", "decoder.patch_size=8 makes them equal"),
+        ("decoder", "data.enlarge=false", "digits[0] is 8 x 8 pixels (height x width), smaller than the 16 x 16"),
+        ("decoder", "data.source=nowhere", "nowhere: no such folder of images"),
+        ("decoder", "encoder.name=dinov2-bsae", "did you mean 'dinov2-base'?"),
+        ("dit", "network.head=[8,2,1]", "Theorem 1"),
+        ("dit", "network.size=XXXL", "network.size"),
+        ("dit", "rae=nowhere", "'nowhere' is neither an existing folder, nor a hub id"),
+    ],
+)
+def test_impossible_recipes(runs, refused, tmp_path, stage, change, message):
+    output = refused(f"train-{stage}", runs / f"{stage}.yaml", change, "--out", tmp_path / "run")
+    assert message in output
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+def test_another_recipe_does_not_touch_the_run(runs, refused):
+    before = {path: path.stat().st_mtime_ns for path in (runs / "decoder").rglob("*")}
+    output = refused("train-decoder", runs / "decoder.yaml", "noise.tau=0.5", "--out", runs / "decoder")
+    assert "noise.tau: 0.8 -> 0.5" in output
+    after = {path: path.stat().st_mtime_ns for path in (runs / "decoder").rglob("*")}
+    assert {path.name for path in before if before[path] != after[path]} <= {".lock"}
+
+
+def test_no_recipe(refused, tmp_path):
+    assert "no.yaml: no such recipe" in refused("train-dit", "no.yaml", "--out", tmp_path / "run")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    assert "this file holds list" in refused("train-dit", tmp_path / "list.yaml", "--out", tmp_path / "run")
+
+
+# --- images
+
+
+def test_empty_folder(runs, refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "holds no images" in refused("reconstruct", runs / "decoder", tmp_path / "empty", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_truncated_jpeg_is_fatal_or_left_out_by_name(runs, run, refused, tmp_path):
+    images = make_images(tmp_path / "images")
+    (images / "1.jpg").write_bytes((images / "1.jpg").read_bytes()[:-100])
+    command = ["reconstruct", runs / "decoder", images, "--out"]
+    assert f"{images / '1.jpg'}: cannot be decoded" in refused(*command, tmp_path / "fatal")
+    assert f"left out: {images / '1.jpg'} cannot be read" in run(*command, tmp_path / "out", "--skip-broken")
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["000000.png", "000002.png", "000003.png"]
+
+
+def test_images_of_another_size(runs, refused, tmp_path):
+    images = make_images(tmp_path / "images", size=12)
+    message = refused("reconstruct", runs / "decoder", images, "--out", tmp_path / "out")
+    assert "is 12 x 12 pixels (height x width), smaller than the 16 x 16 asked for" in message
+
+
+# --- models
+
+
+def test_damaged_weights(runs, refused, tmp_path):
+    shutil.copytree(runs / "decoder", tmp_path / "decoder")
+    (newest,) = (tmp_path / "decoder").glob("checkpoints/000000048/model/decoder.safetensors")
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    message = f"{newest} is damaged"
+    assert message in refused("reconstruct", tmp_path / "decoder", "digits", "--enlarge", "--out", tmp_path / "out")
+    output = refused("train-decoder", runs / "decoder.yaml", "run.duration=9st", "--out", tmp_path / "decoder")
+    assert f"{newest} is damaged" in output
+    assert "go on from 000000024, which is intact" in output
+    RAE.from_pretrained(tmp_path / "decoder/checkpoints/000000024/model")
+
+
+def test_weights_of_other_shapes(runs, refused, tmp_path):
+    shutil.copytree(runs / "dit/checkpoints/000000048/model", tmp_path / "dit")
+    tensors = load_file(tmp_path / "dit/model.safetensors")
+    name = next(name for name in tensors if name.endswith("final.linear.weight"))
+    tensors[name] = tensors[name][:-1].contiguous()
+    save_file(tensors, tmp_path / "dit/model.safetensors")
+    command = ["sample", tmp_path / "dit", "--autoencoder", runs / "decoder", "--out", tmp_path / "out"]
+    output = refused(*command)
+    assert "model.safetensors cannot be loaded" in output
+    assert f"size mismatch for {name}" in output
+    (tmp_path / "dit/model.safetensors").write_bytes(b"half")
+    assert "model.safetensors cannot be loaded" in refused(*command)
+
+
+def test_foreign_folders(runs, refused, tmp_path):
+    for command in (["reconstruct", runs / "encoder", "digits"], ["sample", runs / "encoder"]):
+        assert f"{runs / 'encoder/config.json'} does not fit" in refused(*command, "--out", tmp_path / "out")
+    for command in (["reconstruct", runs / "dit", "digits"], ["sample", runs / "decoder"]):
+        assert "config.json does not fit" in refused(*command, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/opened-a-pickle",)
+
+
+def test_pickles_are_not_opened(runs, refused, tmp_path):
+    torch.save({"model": Harmful()}, tmp_path / "model.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Harmful()))
+    out = ["--out", tmp_path / "out"]
+    assert "Pickles (.pt, .pth, .bin) are not loaded" in refused("reconstruct", tmp_path / "model.pt", "digits", *out)
+    assert "not a folder that rae saved" in refused("sample", tmp_path / "model.pt", *out)
+    assert "calls posix.mkdir when it is opened" in refused("convert", tmp_path / "model.pt", *out)
+    refused("convert", tmp_path / "plain.pt", *out)
+    assert not Path("/tmp/opened-a-pickle").exists()
+
+
+def test_a_model_refuses_another_latent_space(runs, run, refused, tmp_path):
+    run("train-decoder", runs / "decoder.yaml", "statistics=false", "run.duration=1st", "--out", tmp_path / "other")
+    output = refused("sample", runs / "dit", "--autoencoder", tmp_path / "other", "--out", tmp_path / "out")
+    assert "another encoder, image size or other latent statistics" in output
+
+
+def test_encoder_that_cannot_be_reached(tmp_path):
+    command = [sys.executable, "-m", "rae.cli", "stats", "dinov2-base", "digits", "--image-size", "16"]
+    command += ["--out", str(tmp_path / "stats.safetensors")]
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
+    result = subprocess.run(command, env={**os.environ, **nowhere}, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "facebook/dinov2-base could not be had from the hub" in result.stderr
+    assert "give a local folder in the transformers layout" in result.stderr
+
+
+# --- sampling
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--labels", "seven"], "class 'seven' is not among the 10 of this model; it knows 0, 1, 2"),
+        (["--labels", "10"], "class 10: this model has 10 classes, 0..9"),
+        (["--cfg", 2, "--interval", 0.9, 0.1], "it must satisfy 0 <= t_min < t_max <= 1"),
+        (["--interval", 0.1, 0.9], "without them it has no effect"),
+        (["--num", 3, "--per-class", 2], "exclude each other"),
+        (["--steps", 1], "1 steps are too few for the grid 'points'"),
+        (["--sampler", "euler-maruyama", "--grid", "calls"], "takes the grid 'points' only"),
+        (["--autoguidance", "nowhere", 1.5], "nowhere/config.json is missing"),
+        (["--seed", 2**32], "seeds are integers in 0 .. 2^32 - 1"),
+    ],
+)
+def test_impossible_samples(runs, refused, tmp_path, options, message):
+    assert message in refused("sample", runs / "dit", *options, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_folder_does_not_say_its_autoencoder(runs, refused, tmp_path):
+    output = refused("sample", runs / "dit/checkpoints/000000048/model", "--out", tmp_path / "out")
+    assert "give --autoencoder" in output
+
+
+def test_samples_of_two_kinds_are_not_mixed(runs, run, refused, tmp_path):
+    command = ["sample", runs / "dit", "--num", 2, "--out", tmp_path / "out"]
+    run(*command, "--steps", 2)
+    assert "steps: 2 -> 3\nGive another folder" in refused(*command, "--steps", 3)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").touch()
+    assert "is not empty; give a new folder" in refused("sample", runs / "dit", "--out", tmp_path / "mine")
+
+
+# --- the machine
+
+
+@contextlib.contextmanager
+def full_disk(size: int):
+    """No file can grow beyond `size` bytes: writing fails as on a full disk, with another number of the error."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("stage", ["decoder", "dit"])
+def test_full_disk_keeps_the_last_checkpoint(runs, run, refused, tmp_path, stage):
+    shutil.copytree(runs / stage, tmp_path / "run")
+    command = [f"train-{stage}", runs / f"{stage}.yaml", "run.duration=9st", "--out", tmp_path / "run"]
+    with full_disk(20_000):  # a sheet of pictures fits, the weights do not
+        output = refused(*command)
+    assert f"The last good checkpoint is {tmp_path / 'run/checkpoints/000000048'}" in output
+    assert "Make room and run the same command again" in output
+    {"decoder": RAE, "dit": DiffusionModel}[stage].from_pretrained(tmp_path / "run")
+    run(*command)
+    assert (tmp_path / "run/latest").read_text() == "000000072\n"
+
+
+def test_full_disk_while_sampling(runs, run, refused, tmp_path):
+    command = ["sample", runs / "dit", "--num", 2, "--steps", 2, "--out", tmp_path / "out"]
+    with full_disk(500):  # the protocol fits, a picture does not
+        assert "File too large. Make room and run the same command again" in refused(*command)
+    assert not list((tmp_path / "out").glob("*.png"))
+    run(*command)
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+
+
+def interrupt(command: list, when) -> tuple[int, str]:
+    """Start `rae COMMAND`, send it a Ctrl-C as soon as `when()`; its exit status and what it said."""
+    arguments = [sys.executable, "-m", "rae.cli", *map(str, command)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not when() and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    return process.returncode, said
+
+
+def test_ctrl_c_while_training_saves(runs, run, tmp_path):
+    command = ["train-dit", runs / "dit.yaml", "run.save_every=100%", "--out", tmp_path / "run"]
+    log = tmp_path / "run/log.jsonl"
+    status, said = interrupt([*command, "run.duration=1000000st"], lambda: log.exists() and log.read_text())
+    assert status == 130, said
+    assert "Run the same command again to go on" in said
+    seen = int((tmp_path / "run/latest").read_text())
+    DiffusionModel.from_pretrained(tmp_path / "run")
+    assert f"resumed at {seen:,} of" in run(*command, f"run.duration={seen + 16}img")
+
+
+def test_ctrl_c_while_sampling_keeps_what_is_there(runs, run, tmp_path):
+    out = tmp_path / "out"
+    command = ["sample", runs / "dit", "--num", 100_000, "--steps", 2, "--batch", 1, "--out", out]
+    status, said = interrupt(command, lambda: len(list(out.glob("*.png"))) > 3)
+    assert status == 130, said
+    there = list(out.glob("*.png"))
+    assert f"{len(there)} of 100,000 images are in {out}" in said
+    for path in there:
+        Image.open(path).load()
+
+
+# --- errors that are not the user's
+
+
+def test_a_defect_keeps_its_traceback(run, monkeypatch):
+    import rae.commands.doctor as doctor
+
+    def broken() -> None:
+        int("x")  # raised by Python, in a file of ours
+
+    monkeypatch.setattr(doctor, "print_encoders", broken)
+    with pytest.raises(AssertionError):
+        run("encoders")
+
+
+def test_traceback_on_request(runs, monkeypatch, tmp_path):
+    monkeypatch.setenv("RAE_TRACEBACK", "1")
+    result = CliRunner().invoke(rae, ["sample", str(runs / "nowhere"), "--out", str(tmp_path)])
+    assert type(result.exception).__name__ == "ConfigError"
