@@ -92,6 +92,14 @@ def test_upsampling_decoder_and_bf16(encoder, tmp_path):
         assert sheet.size == (8 * 32, 2 * 32)
 
 
+@pytest.mark.parametrize("patch_size", [8, 16])  # 16: an up-sampling decoder, whose encoder sees resized images
+def test_tokens_in_memory_are_those_encoded_online(encoder, tmp_path, patch_size):
+    changes = {"data__flip": True, "run__log_every": "1st", "decoder__patch_size": patch_size}
+    online = train_decoder(decoder_recipe(encoder, **changes), tmp_path / "online")
+    memory = train_decoder(decoder_recipe(encoder, **changes, tokens="memory"), tmp_path / "memory")
+    assert log(memory, "loss") == pytest.approx(log(online, "loss"), rel=1e-4)
+
+
 def test_laws_of_sigma():
     u = (torch.arange(100_000, dtype=torch.float64) / 100_000).float()
     assert torch.equal(_of_law("uniform", u), u)

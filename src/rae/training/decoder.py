@@ -21,7 +21,7 @@ from rae.data.images import DataConfig, Images, Stream, Views, loader, open_spli
 from rae.data.order import noise_draws
 from rae.training.checkpoint import load_training_state, load_weights, save_training_state
 from rae.training.display import save_sheet
-from rae.training.latents import latent_statistics
+from rae.training.latents import cache_tokens, latent_statistics
 from rae.training.optim import OptimConfig, build_optimizers, ema_warning, make_ema, parameter_groups, update_ema
 from rae.training.perceptual import feature_distance
 from rae.training.run import DTYPES, Run, RunConfig
@@ -80,6 +80,9 @@ class DecoderRecipe(Config):
     noise: NoiseConfig = NoiseConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig
+    tokens: Literal["online", "memory"] = (
+        "online"  # encode at every step, or once and keep (small sets, no random crop)
+    )
     statistics: bool = True  # take latent statistics of the training images first and save them with the model
     run: RunConfig
 
@@ -129,6 +132,7 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path) -> Path:
         network = run.accelerator.prepare(decoder)
         stream = Stream(images, recipe.data, config.output_size, recipe.seed)
         resize = config.output_size != described.image_size  # up-sampling decoder: the encoder sees fewer pixels
+        cache = cache_tokens(encoder, images, recipe.data, config.output_size) if recipe.tokens == "memory" else None
         noise_shape = (encoder.grid[0] * encoder.grid[1], encoder.width)
 
         def save(folder: Path) -> None:
@@ -142,7 +146,11 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path) -> Path:
             parts = zip(batch["image"].split(run.micro_batch), batch["position"].split(run.micro_batch))
             for image, positions in run.accumulate(network, parts):
                 image = to_unit(image.to(device))
-                tokens = encoder(image, resize=resize)  # [0,1] images [B,3,H,W] -> tokens [B,N,C]
+                # [0,1] images [B,3,H,W] -> tokens [B,N,C]
+                if cache:
+                    tokens = cache.take(positions.tolist(), recipe.seed)[0].to(device)
+                else:
+                    tokens = encoder(image, resize=resize)
                 noise, u = (draw.to(device) for draw in noise_draws(positions.tolist(), recipe.seed, noise_shape))
                 sigma = draw_sigma(recipe.noise.law, recipe.noise.tau, _of_law(recipe.noise.law, u[:, 0]))
                 decoded = network(add_noise(tokens, sigma, noise), dtype=dtype)  # in the encoder's normalised units

@@ -1,14 +1,16 @@
 """The encoder over a whole data set: exact latent statistics, and latents kept in memory."""
 
+import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from rae.autoencoder.encoders import Encoder
 from rae.autoencoder.latents import LatentStats
 from rae.autoencoder.rae import RAE
 from rae.config import ConfigError
@@ -57,40 +59,69 @@ def latent_statistics(
 
 
 class LatentCache(NamedTuple):
-    """Latents of a whole data set in memory.
+    """Latents, or tokens, of a whole data set in memory.
 
     Attributes:
-        latents: [V,n,C,h,w] on the CPU; V = 2 with mirror images, whose latents are the second view, else 1.
+        latents: [V,n,C,h,w] (tokens: [V,n,N,C]) on the CPU; V = 2 with mirror images as second view; else 1.
         labels: [n].
     """
 
     latents: torch.Tensor
     labels: torch.Tensor
 
+    def take(self, positions: Sequence[int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents [B,C,h,w] and labels [B] at positions of the training stream."""
+        views, n = self.latents.shape[:2]
+        index = torch.tensor([image_index(p, n, seed) for p in positions])
+        view = torch.tensor([int(views == 2 and mirrored(p, seed)) for p in positions])
+        return self.latents[view, index], self.labels[index]
 
-@torch.no_grad()
+
 def cache_latents(rae: RAE, images: Images, data: DataConfig, *, batch: int = 64) -> LatentCache:
     """Encode every image once, centre-cropped, and mirrored as well if `data.flip`.
 
     Raises:
         ConfigError: random crops, which have no end; or more latents than the machine has memory.
     """
+    return _cache("latents", rae.encode, rae.latent_shape, images, data, rae.image_size, batch, _device(rae))
+
+
+def cache_tokens(
+    encoder: Encoder, images: Images, data: DataConfig, size: tuple[int, int], *, batch: int = 64
+) -> LatentCache:
+    """Tokens [V,n,N,C] of every image, cropped to `size` and resized to the encoder's if that is another; as above."""
+    shape = (encoder.grid[0] * encoder.grid[1], encoder.width)
+    encode = functools.partial(encoder, resize=size != encoder.config.image_size)
+    return _cache("tokens", encode, shape, images, data, size, batch, next(encoder.parameters()).device)
+
+
+@torch.no_grad()
+def _cache(
+    what: str,
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    shape: tuple[int, ...],
+    images: Images,
+    data: DataConfig,
+    size: tuple[int, int],
+    batch: int,
+    device: torch.device,
+) -> LatentCache:
     if data.crop == "random":
-        raise ConfigError("latents: memory holds each image once, data.crop: random never ends; set latents: online.")
-    shape = (1 + data.flip, len(images), *rae.latent_shape)
-    size, memory = 4 * math.prod(shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if size > 0.8 * memory:
+        raise ConfigError(f"{what}: memory holds each image once, data.crop: random never ends; set {what}: online.")
+    shape = (1 + data.flip, len(images), *shape)
+    needed, memory = 4 * math.prod(shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > 0.8 * memory:
         raise ConfigError(
-            f"latents: memory needs {size / 2**30:.1f} GiB for {len(images):,} images, this machine has "
-            f"{memory / 2**30:.1f} GiB; set latents: online."
+            f"{what}: memory needs {needed / 2**30:.1f} GiB for {len(images):,} images, this machine has "
+            f"{memory / 2**30:.1f} GiB; set {what}: online."
         )
-    cache, device = LatentCache(torch.empty(shape), torch.empty(len(images), dtype=torch.int64)), _device(rae)
+    cache = LatentCache(torch.empty(shape), torch.empty(len(images), dtype=torch.int64))
     chunks = [range(start, min(start + batch, len(images))) for start in range(0, len(images), batch)]
     with progress("encoding", len(images)) as advance:
-        for chunk, items in zip(chunks, loader(Views(images, data, rae.image_size), chunks, data)):
+        for chunk, items in zip(chunks, loader(Views(images, data, size), chunks, data)):
             x = to_unit(items["image"].to(device))
             for view in range(shape[0]):
-                cache.latents[view, chunk.start : chunk.stop] = rae.encode(x.flip(-1) if view else x).cpu()
+                cache.latents[view, chunk.start : chunk.stop] = encode(x.flip(-1) if view else x).cpu()
             cache.labels[chunk.start : chunk.stop] = items["label"]
             advance(chunk.stop)
     return cache
@@ -101,10 +132,9 @@ def cached_latents(
 ) -> Iterator[Parts]:
     """For each batch of stream positions: its parts of at most `micro_batch` latents. The same images and mirror
     images as `online_latents`."""
-    views, n = cache.latents.shape[:2]
     for positions in batches:
         parts = [positions[start : start + micro_batch] for start in range(0, len(positions), micro_batch)]
-        yield (_take(cache, views, n, part, seed, device) for part in parts)
+        yield ((*(x.to(device) for x in cache.take(part, seed)), list(part)) for part in parts)
 
 
 def online_latents(rae: RAE, batches: Iterable[dict[str, torch.Tensor]], micro_batch: int) -> Iterator[Parts]:
@@ -112,12 +142,6 @@ def online_latents(rae: RAE, batches: Iterable[dict[str, torch.Tensor]], micro_b
     for batch in batches:
         columns = (batch[name].split(micro_batch) for name in ("image", "label", "position"))
         yield (_encode(rae, *part) for part in zip(*columns))
-
-
-def _take(cache: LatentCache, views: int, n: int, positions: range, seed: int, device: torch.device) -> Part:
-    index = torch.tensor([image_index(p, n, seed) for p in positions])
-    view = torch.tensor([int(views == 2 and mirrored(p, seed)) for p in positions])
-    return cache.latents[view, index].to(device), cache.labels[index].to(device), list(positions)
 
 
 def _encode(rae: RAE, image: torch.Tensor, label: torch.Tensor, position: torch.Tensor) -> Part:
