@@ -24,9 +24,10 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
-# Writes the checked-in help of every command, after a change of src/rae/cli.py.
+# Writes what is checked in of the commands' help and the recipes' keys.
 help: $(VENV)/installed
 	$(BIN)/python tests/test_cli.py > docs/help.txt
+	$(BIN)/python tests/test_docs.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

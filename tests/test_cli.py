@@ -45,15 +45,6 @@ def test_help_imports_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_recipes_name_commands_that_exist():
-    lines = [line for path in ROOT.glob("recipes/**/*.yaml") for line in path.read_text().splitlines()]
-    commands = [line.removeprefix("#").split()[1:] for line in lines if line.startswith("#   rae ")]
-    assert commands
-    for name, *arguments in commands:
-        command = rae.cli.rae.commands[name]
-        assert (ROOT / command.make_context(name, arguments).params["recipe"]).is_file()
-
-
 # --- training
 
 

@@ -1,0 +1,104 @@
+"""The documentation tells the truth: its commands parse, its Python runs, its list of keys is that of the schemas."""
+
+import inspect
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rae.cli import rae
+from rae.config import Config, _configs_in
+from rae.training.decoder import DecoderRecipe
+from rae.training.dit import DiTRecipe
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BEGIN, END = "<!-- keys: written by `make help` -->\n", "<!-- end of keys -->\n"
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list:
+    """Every `rae ...` line of the pages and of the recipes' headers."""
+    lines = []
+    for page in PAGES:
+        for block in blocks(page.read_text(), "bash"):
+            lines += block.replace("\\\n", " ").splitlines()
+    for recipe in ROOT.glob("recipes/**/*.yaml"):
+        lines += [line.removeprefix("#").strip() for line in recipe.read_text().splitlines() if line.startswith("#   ")]
+    return [pytest.param(line, id=line[:60]) for line in lines if line.startswith("rae ")]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_parse(line):
+    _, name, *arguments = shlex.split(line, comments=True)
+    parsed = rae.commands[name].make_context(name, arguments).params
+    assert "recipe" not in parsed or (ROOT / parsed["recipe"]).is_file()
+
+
+def test_python_of_the_readme_runs(runs, capsys):
+    (code,) = blocks((ROOT / "README.md").read_text(), "python")
+    for stage, name in (("decoder", "photos-decoder"), ("dit", "photos-ditdh")):
+        assert f'"runs/{name}"' in code
+        code = code.replace(f'"runs/{name}"', repr(str(runs / stage)))
+    exec(code, {})
+    assert "torch.Size([2, 3, 16, 16])" in capsys.readouterr().out
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if not target.startswith("http") and target not in MADE_LATER:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+MADE_LATER = {"docs/demo.png", "RESULTS.md"}
+
+
+# --- keys of the recipes
+
+
+def keys(schema: type[Config]) -> Iterator[str]:
+    """The lines of the schema's own source, as annotated YAML: sections nested, defaults and comments kept."""
+    lines = inspect.getsource(schema).splitlines()
+    for line, following in zip(lines, [*lines[1:], ""]):
+        field = re.fullmatch(r"    (\w+): (.+?)(?:  # (.*))?", line)
+        if not field or field[1] not in schema.model_fields:
+            continue
+        info = schema.model_fields[field[1]]
+        if sections := list(_configs_in(info.annotation)):
+            yield f"{field[1]}:"
+            yield from (f"  {nested}" for section in sections for nested in keys(section))
+            continue
+        below = re.fullmatch(r"    # (.*)", following)
+        choices = re.match(r"Literal\[(\".*?)\]", field[2])
+        kind = choices[1].replace(", ", " | ") if choices else None
+        comment = "; ".join(filter(None, [kind, field[3] or (below and below[1])]))
+        default = "REQUIRED" if info.is_required() else _yaml(info.default)
+        yield f"{field[1]}: {default}".ljust(28) + f"  # {comment or field[2].split(' = ')[0]}"
+
+
+def _yaml(value) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+def keys_text() -> str:
+    parts = [("rae train-decoder", DecoderRecipe), ("rae train-dit", DiTRecipe)]
+    return "\n".join(f"`{command}`:\n\n```yaml\n" + "\n".join(keys(s)) + "\n```\n" for command, s in parts)
+
+
+def test_keys_are_those_of_the_schemas():
+    page = (ROOT / "docs/recipes.md").read_text()
+    assert page.split(BEGIN)[1].split(END)[0] == keys_text(), "run: make help"
+
+
+if __name__ == "__main__":
+    path = ROOT / "docs/recipes.md"
+    before, rest = path.read_text().split(BEGIN)
+    path.write_text(before + BEGIN + keys_text() + END + rest.split(END)[1])
