@@ -57,7 +57,8 @@ def sample_to_folder(
         interval: of shifted times, for either guidance.
         The others are those of `generate` and `write_samples`.
     """
-    console, device = Console(stderr=True), PartialState().device
+    state = PartialState()
+    console, device = Console(stderr=True, quiet=not state.is_main_process), state.device
     diffusion = DiffusionModel.from_pretrained(model, dtype=DTYPES[precision]).to(device)
     chosen = choose_labels(diffusion, labels, num, per_class)
     guidance = CFG(cfg, *interval) if cfg is not None else None
@@ -69,8 +70,8 @@ def sample_to_folder(
     rae = RAE.from_pretrained(autoencoder).to(device)
     settings = {"steps": steps, "grid": grid, "sampler": sampler, "guidance": guidance}
     write_samples(diffusion, rae, chosen, out, seed=seed, batch=batch, rounding=rounding, **settings)
-    PartialState().wait_for_everyone()
-    if not PartialState().is_main_process:
+    state.wait_for_everyone()
+    if not state.is_main_process:
         return
     if npz:
         pack([out / picture_name(i) for i in range(len(chosen))], npz)
