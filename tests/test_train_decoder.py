@@ -92,6 +92,14 @@ def test_upsampling_decoder_and_bf16(encoder, tmp_path):
         assert sheet.size == (8 * 32, 2 * 32)
 
 
+def test_statistics_are_those_of_float32_weights_whatever_the_encoder_computes_in(encoder, tmp_path):
+    means = [
+        RAE.from_pretrained(train_decoder(decoder_recipe(encoder, encoder__precision=p), tmp_path / p)).latent_mean
+        for p in ("fp32", "bf16")
+    ]
+    assert torch.equal(*means)
+
+
 @pytest.mark.parametrize("patch_size", [8, 16])  # 16: an up-sampling decoder, whose encoder sees resized images
 def test_tokens_in_memory_are_those_encoded_online(encoder, tmp_path, patch_size):
     changes = {"data__flip": True, "run__log_every": "1st", "decoder__patch_size": patch_size}

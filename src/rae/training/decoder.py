@@ -112,7 +112,7 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path) -> Path:
         _check_sizes(described, config)
 
         # --- construct ------------------------------------------------------------------------------------------------
-        encoder = open_encoder(described).to(device, DTYPES[choice.precision])
+        encoder = open_encoder(described).to(device)
         torch.manual_seed(recipe.seed)
         decoder = Decoder(config).to(device)
         dtype, ema = DTYPES[recipe.run.precision], make_ema(decoder)
@@ -129,6 +129,7 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path) -> Path:
         if run.finished:
             return run.conclude()
         rae = RAE(encoder, ema, _statistics(recipe, encoder, images, run))
+        encoder.to(DTYPES[choice.precision])  # after the statistics, which are those of its float32 weights
         network = run.accelerator.prepare(decoder)
         stream = Stream(images, recipe.data, config.output_size, recipe.seed)
         resize = config.output_size != described.image_size  # up-sampling decoder: the encoder sees fewer pixels
@@ -195,7 +196,6 @@ def _statistics(recipe: DecoderRecipe, encoder: Encoder, images: Images, run: Ru
     of = hashlib.sha256(f"{images.identity} {encoder.config} {encoder.checksum()}".encode()).hexdigest()
     path = run.folder / f"statistics-{of[:12]}.safetensors"
     if not path.exists():
-        encoder.float()
         stats = latent_statistics(
             lambda x: tokens_to_map(encoder(x), encoder.grid),
             (encoder.width, *encoder.grid),
@@ -205,7 +205,6 @@ def _statistics(recipe: DecoderRecipe, encoder: Encoder, images: Images, run: Ru
             batch=run.micro_batch,
             accelerator=run.accelerator,
         )
-        encoder.to(DTYPES[recipe.encoder.precision])
         if run.main:
             stats.save(path)
         run.accelerator.wait_for_everyone()
