@@ -36,7 +36,7 @@ def commands() -> list:
 @pytest.mark.parametrize("line", commands())
 def test_commands_parse(line):
     _, name, *arguments = shlex.split(line, comments=True)
-    parsed = rae.commands[name].make_context(name, arguments).params
+    parsed = rae.commands[name].make_context(name, arguments, parent=rae.make_context("rae", [name])).params
     assert "recipe" not in parsed or (ROOT / parsed["recipe"]).is_file()
 
 
