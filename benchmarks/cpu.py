@@ -28,7 +28,6 @@ import reference
 import torch
 from models import Inputs, Ours, save_encoder
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 SAMPLED = 2  # images per sampling call
@@ -60,25 +59,25 @@ CASES = {case.name: case for case in _cases()}
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def seconds(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def matmul_rate(dtype: torch.dtype, n: int = 2048) -> float:
+def matmul_rate(dtype: torch.dtype, clock: Callable[[], float], n: int = 2048) -> float:
     """The best rate of a square matrix product, GFLOP/s."""
     a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-    return 2 * n**3 / min(seconds(lambda: torch.mm(a, b)) for _ in range(10)) / 1e9
+    return 2 * n**3 / min(seconds(lambda: torch.mm(a, b), clock) for _ in range(10)) / 1e9
 
 
-def measure(case: Case, sides: dict, batch: Inputs, repeats: int) -> dict:
+def measure(case: Case, sides: dict, batch: Inputs, repeats: int, clock: Callable[[], float]) -> dict:
     """Times of every side, interleaved after one run to warm up, and how far their outputs are apart."""
     outputs = {name: case.run(side, batch) for name, side in sides.items()}
     times = {name: [] for name in sides}
     for _ in range(repeats):
         for name, side in sides.items():
-            times[name].append(seconds(lambda side=side: case.run(side, batch)))
+            times[name].append(seconds(lambda side=side: case.run(side, batch), clock))
     result = {"case": case.name, "images": len(batch.x), "seconds": times}
     if "theirs" in sides:
         ratios = [theirs / ours for ours, theirs in zip(times["ours"], times["theirs"])]
@@ -118,8 +117,8 @@ def help_seconds() -> float:
 # --- reporting -------------------------------------------------------------------------------------------------------
 
 
-def table(results: list[dict], rates: dict[str, float]) -> Table:
-    view = Table(title=f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+def table(results: list[dict], rates: dict[str, float], clock: str) -> Table:
+    view = Table(title=f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {clock}")
     for column in ("case", "images/s", "of matmul", "peak MiB", "theirs", "peak", "ratio", "spread", "difference"):
         view.add_column(column, justify="left" if column == "case" else "right")
     for row in results:
@@ -146,7 +145,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--json", type=Path, help="write one JSON object per case to this file")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--cpu-time", action="store_true", help="one thread, in processor time: for a busy machine")
     arguments = parser.parse_args()
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    if arguments.cpu_time:
+        torch.set_num_threads(1)
     batch = Inputs.draw(arguments.batch)
     if arguments.reference:
         reference.open_checkout(arguments.reference)
@@ -166,23 +169,35 @@ def main() -> None:
         if arguments.reference:
             reference.save_weights(folder, arguments.reference)
             sides["theirs"] = reference.Theirs(folder, arguments.reference, weights=True)
-        rates = {"fp32": matmul_rate(torch.float32), "bf16": matmul_rate(torch.bfloat16)}
+        rates = {"fp32": matmul_rate(torch.float32, clock), "bf16": matmul_rate(torch.bfloat16, clock)}
         flops = sides["ours"].flops(batch)
-        for name in track(arguments.only, description="measuring"):
+        for name in arguments.only:
             case = CASES[name]
-            row = measure(case, sides, batch[:SAMPLED] if case.sampled else batch, arguments.repeats)
+            row = measure(case, sides, batch[:SAMPLED] if case.sampled else batch, arguments.repeats, clock)
             if case.passes:
                 rate = rates["fp32" if case.dtype == torch.float32 else "bf16"]
                 row["gflops"] = case.passes * flops / statistics.median(row["seconds"]["ours"]) / 1e9
                 row["share"] = row["gflops"] / rate
             row["peak_mib"] = {side: peak_elsewhere(name, side, folder, arguments) for side in sides}
             results.append(row)
-    Console(width=120).print(table(results, rates))
+            print(name, *(f"{s}: {statistics.median(times):.2f} s" for s, times in row["seconds"].items()), flush=True)
+    Console(width=120).print(table(results, rates, clock.__name__))
     start_up = help_seconds()
     print(f"rae --help: {start_up:.2f} s (best of 5)")
     if arguments.json:
-        machine = {"cpus": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        about = {**machine, "matmul_gflops": rates, "help_seconds": start_up, "load": os.getloadavg()}
+        machine = {
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "clock": clock.__name__,
+        }
+        about = {
+            **machine,
+            "clock": clock.__name__,
+            "matmul_gflops": rates,
+            "help_seconds": start_up,
+            "load": os.getloadavg(),
+        }
         lines = [json.dumps(about), *(json.dumps(row) for row in results)]
         arguments.json.write_text("\n".join(lines) + "\n")
 
