@@ -185,19 +185,8 @@ def main() -> None:
     start_up = help_seconds()
     print(f"rae --help: {start_up:.2f} s (best of 5)")
     if arguments.json:
-        machine = {
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "clock": clock.__name__,
-        }
-        about = {
-            **machine,
-            "clock": clock.__name__,
-            "matmul_gflops": rates,
-            "help_seconds": start_up,
-            "load": os.getloadavg(),
-        }
+        about = {"cpus": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        about |= {"clock": clock.__name__, "matmul_gflops": rates, "help_seconds": start_up, "load": os.getloadavg()}
         lines = [json.dumps(about), *(json.dumps(row) for row in results)]
         arguments.json.write_text("\n".join(lines) + "\n")
 
