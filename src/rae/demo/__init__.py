@@ -120,9 +120,10 @@ def _train(train, recipe, folder: Path) -> None:
 
 def _conclude(console: Console, path: Path, found: list[Findings], parts: Parts) -> None:
     table = Table("figure", "value", title="What the demo found")
-    for figure in (figure for findings in found for figure in findings.figures):
-        table.add_row(figure.name, figure.value)
-    table.add_section()
+    for findings in found:
+        for figure in findings.figures:
+            table.add_row(figure.name, figure.value)
+        table.add_section()
     _, time, memory = total(parts.done).cost
     table.add_row("time and peak memory", f"{time}, {memory}")
     console.print(table)

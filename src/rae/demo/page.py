@@ -15,7 +15,7 @@ from rae.autoencoder.rae import RAE
 from rae.data.images import open_images
 from rae.demo.measure import Findings
 from rae.demo.parts import Part, total
-from rae.demo.studies import ENCODER, Study
+from rae.demo.studies import Study
 from rae.evaluation.report import beside, code, curves, figures_table, heading, note, page, paragraph, sheet, table
 
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "pillow", "scikit-learn", "scikit-image")
@@ -31,11 +31,12 @@ def render(command: Sequence[str], quick: bool, studies: list[tuple[Study, Findi
         parts: in the order in which they were done.
     """
     generated = [study for study, _ in studies if study.dit]
+    encoder = studies[0][0].decoder.encoder.name
     intro = [
         paragraph(
             "A representation autoencoder takes a frozen, pretrained encoder and learns only the way back, from its "
             "tokens to pixels; a diffusion transformer then learns to make new tokens (arXiv 2510.11690). Everything "
-            f"below was computed on this machine, from real images. Encoder: {ENCODER}. Decoders and diffusion "
+            f"below was computed on one machine, from real images. Encoder: {encoder}. Decoders and diffusion "
             "transformers: from scratch."
         )
     ]

