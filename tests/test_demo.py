@@ -65,7 +65,7 @@ def test_page_shows_real_images_and_what_was_made_of_them(page, finished):
     images = {}
     for image in page.images:
         images.setdefault(image["alt"], []).append(decode(image["src"]))
-    assert len(images["original"]) == len(images["decoded"]) == 40  # digits and photographs, held out and seen
+    assert len(images["original"]) == len(images["decoded"]) == 2 * 10 + 2 * 6  # digits, photographs; held out, seen
     train, held_out = open_split(demo.studies.digits(finished, True).decoder.data)
     for part, shown in ((held_out, images["original"][:10]), (train, images["original"][10:20])):
         real = {center_crop(part[i][0], (28, 28)).tobytes() for i in range(len(part))}

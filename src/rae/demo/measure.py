@@ -21,8 +21,6 @@ from rae.evaluation.report import Figure
 from rae.training.checkpoint import checkpoints
 from rae.training.latents import cache_latents
 
-ROW = 10  # images in a row of the report
-
 
 class Findings(NamedTuple):
     """Pictures by name, uint8 [..., h, w, 3], and figures."""
@@ -43,7 +41,7 @@ def measure_decoder(study: Study) -> Findings:
         views, what = _views(study, images, rae.output_size)
         original = torch.stack([views[i]["image"] for i in range(min(len(views), 200))])
         decoded = torch.cat([to_bytes(rae.reconstruct(to_unit(part))) for part in original.split(32)])
-        shown = _one_of_each([views[i]["label"] for i in range(len(original))])[:ROW]
+        shown = _one_of_each([views[i]["label"] for i in range(len(original))])[: study.row]
         pictures |= {f"{name}_original": _hwc(original[shown]), f"{name}_decoded": _hwc(decoded[shown])}
         pair, kind = (to_unit(decoded), to_unit(original)), {"held_out": "held-out images", "seen": "training images"}
         protocol = f"{len(original)} {what}, {' x '.join(map(str, rae.output_size))} px, 8-bit, fp32"
@@ -110,7 +108,7 @@ def measure_samples(study: Study) -> Findings:
         batches = list(generate(model, rae, labels, range(s.count), **settings))
         images = made[kind] = to_bytes(torch.cat([b.images for b in batches]))
         latents[kind] = torch.cat([b.latents for b in batches])
-        pictures[f"samples_{kind}"] = _hwc(_rows_of_classes(images, classes))
+        pictures[f"samples_{kind}"] = _hwc(_rows_of_classes(images, classes, study.row))
         if judge:
             right = (judge.predict(_hwc(images)) == np.array(labels)).mean()
             protocol = f"{sampling}; {description}; {_describe_judge(judge)}"
@@ -124,7 +122,7 @@ def measure_samples(study: Study) -> Findings:
     known = cache_latents(rae, train, data).latents[0]
     fresh = cache_latents(rae, held_out, data).latents[0]
     views = Views(train, data, rae.image_size)
-    nearest = torch.cdist(latents[best].flatten(1), known.flatten(1)).argmin(1)[:ROW]
+    nearest = torch.cdist(latents[best].flatten(1), known.flatten(1)).argmin(1)[: study.row]
     pictures["nearest"] = _hwc(torch.stack([views[i]["image"] for i in nearest.tolist()]))
     pictures["nearest_to"] = _hwc(made[best][: len(nearest)])
     distances = {kind: _nearest_distance(z, known) for kind, z in latents.items()}
@@ -175,12 +173,13 @@ class _Crops(Stream):
         return 32
 
 
-def _rows_of_classes(images: Tensor, classes: int) -> Tensor:
+def _rows_of_classes(images: Tensor, classes: int, most: int) -> Tensor:
     """Images whose classes take turns [n,...] -> [rows, columns, ...], a row for each of the first classes."""
     if not classes:
-        return torch.stack(images[: len(images) // min(ROW, len(images)) * ROW].split(min(ROW, len(images))))
-    columns = min(ROW, max(1, len(images) // classes))
-    return torch.stack([images[c::classes][:columns] for c in range(min(ROW, classes))])
+        columns = min(most, len(images))
+        return images[: len(images) // columns * columns].unflatten(0, (-1, columns))
+    columns = min(most, max(1, len(images) // classes))
+    return torch.stack([images[c::classes][:columns] for c in range(min(most, classes))])
 
 
 def _one_of_each(labels: Sequence[int]) -> list[int]:

@@ -60,8 +60,8 @@ def render(command: Sequence[str], quick: bool, studies: list[tuple[Study, Findi
 
 
 def _study(study: Study, found: Findings) -> list[str]:
-    pictures, small = found.pictures, study.judged
-    size = 64 if small else 104
+    pictures = found.pictures
+    size = 64 if study.judged else 150
     height, width = study.decoder.encoder.image_size
     decoder_width, depth, *_ = study.decoder.decoder.size
     protocol = f"{height} x {width} px; the decoder is {decoder_width} wide and {depth} layers deep."
@@ -74,7 +74,7 @@ def _study(study: Study, found: Findings) -> list[str]:
             "What the encoder sees: three principal components of the patch tokens, over all these images, as red, "
             "green and blue. Like colours are like parts; the axes are arbitrary."
         )
-        pieces += [heading("Latents"), sheet([pictures["pca_images"], pictures["pca"]], caption, size=150)]
+        pieces += [heading("Latents"), sheet([pictures["pca_images"], pictures["pca"]], caption, size=size)]
     if study.dit:
         pieces += _samples(study, pictures, size)
     pieces.append(heading("Losses"))

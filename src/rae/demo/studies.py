@@ -57,6 +57,7 @@ class Study:
     sampling: Sampling | None = None
     judged: bool = False
     pca_size: int | None = None
+    row: int = 6  # images in a row of the report
 
 
 def digits(out: Path, quick: bool) -> Study:
@@ -82,7 +83,7 @@ def digits(out: Path, quick: bool) -> Study:
         run=_run("8st" if quick else "800st", batch=128) | {"precision": "bf16"},
     )
     sampling = Sampling(count=20, steps=4) if quick else Sampling(count=400)
-    return Study(folder, "Handwritten digits", decoder, dit, sampling, judged=True)
+    return Study(folder, "Handwritten digits", decoder, dit, sampling, judged=True, row=10)
 
 
 def photographs(out: Path, quick: bool) -> Study:
