@@ -144,13 +144,12 @@ def _images(command):
         click.option("--batch", default=32, show_default=True, type=click.IntRange(1), help="Images at a time."),
         click.option("--workers", default=0, show_default=True, type=click.IntRange(0), help="Processes that decode."),
         click.option("--enlarge", is_flag=True, help="Allow images smaller than the model's (bicubic)."),
-        click.option("--skip-broken", is_flag=True, help="Go on where an image cannot be read."),
     ):
         command = option(command)
     return command
 
 
-def _data(source: str, workers: int, enlarge: bool, skip_broken: bool):
+def _data(source: str, workers: int, enlarge: bool, skip_broken: bool = False):
     from rae.data.images import DataConfig
 
     on_broken = "skip" if skip_broken else "error"
@@ -188,6 +187,7 @@ def stats(encoder: str, images: str, image_size, input_size, out: Path, batch: i
 @click.argument("images")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--num", type=click.IntRange(1), help="The first so many images only.")
+@click.option("--skip-broken", is_flag=True, help="Name the images that cannot be read, and leave them out.")
 @_images
 @ROUNDING
 def reconstruct(model: str, images: str, out: Path, num: int | None, batch: int, rounding, **reading) -> None:
