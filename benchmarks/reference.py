@@ -115,7 +115,8 @@ class Theirs:
         # a doubled batch for either kind of guidance, of which half is thrown away
         z = torch.cat([batch.x, batch.x])
         settings = {"y": torch.cat([batch.y, torch.full_like(batch.y, CLASSES)]), "cfg_scale": SCALE}
-        settings["cfg_interval"] = (0.0, 1.0)
+        # their first time is 1 + 1e-7 for this shift, by rounding, and would fall out of an interval that ends at 1
+        settings["cfg_interval"] = (0.0, 1.1)
         if guidance == "CFG":
             return sample(z, self.main.forward_with_cfg, **settings)[-1].chunk(2)[0]
         settings["additional_model_forward"] = self.weak.forward
