@@ -75,7 +75,7 @@ def test_page_shows_real_images_and_what_was_made_of_them(page, finished):
         (112, 112, 3),  # photographs
         (7, 7, 3),  # colours of their tokens
     }
-    assert {"the state, t = 1", "its data, t = 0", "sample", "nearest"} <= images.keys()
+    assert {"state, t = 1", "expected, t = 0", "sample", "nearest"} <= images.keys()
 
 
 def test_figures_are_those_of_the_models_and_come_with_their_protocol(page, finished):
@@ -86,7 +86,7 @@ def test_figures_are_those_of_the_models_and_come_with_their_protocol(page, fini
     made = to_unit(to_bytes(rae.reconstruct(real)))
     value, protocol = cells(page, "PSNR of held-out images")[:2]
     assert value == f"{psnr(made, real).mean():.1f} dB"
-    assert protocol == "180 images, 28 x 28 px, 8-bit, fp32"
+    assert protocol == "180 of 180, 28 x 28 px, 8-bit, fp32"
     for kind, guidance in {"unguided": "no guidance", "CFG": "CFG 2", "AutoGuidance": "checkpoint at 25%"}.items():
         value, protocol = cells(page, f"samples read as the asked class, {kind}")[:2]
         assert 0 <= float(value.removesuffix("%")) <= 100
@@ -112,7 +112,7 @@ def test_finished_demo_computes_nothing_again(finished, capsys):
     demo.run_demo(finished, quick=True)
     assert (finished / "report.html").read_bytes() == before
     console = capsys.readouterr().err
-    assert console.count("done before") == len(list((finished / "parts").glob("*.json"))) == 8
+    assert console.count("done before") == len(list((finished / "parts").glob("*.json"))) == 9
     assert str(finished / "report.html") in console.replace("\n", "")
 
 
@@ -134,15 +134,15 @@ def save_photos(folder: Path, count: int) -> Path:
     return folder
 
 
-def test_own_photos_by_class(encoder, tmp_path, monkeypatch, capsys):
+def test_own_photos_by_class(encoder, tmp_path, capsys):
     photos = save_photos(tmp_path / "photos", 24)
     (photos / "cats/0.png").write_bytes(b"cut short")
-    monkeypatch.setattr(demo.studies, "MOST", 22)
     page = Reader(demo.run_demo(tmp_path / "out", photos, quick=True).read_text())
-    assert len(list((tmp_path / "out/photos/images").rglob("*.png"))) == 22
+    assert len(list((tmp_path / "out/photos/images").rglob("*.png"))) == 23
+    assert "left out" in capsys.readouterr().err
     alts = [image["alt"] for image in page.images]
     assert sum(alt.startswith("cats") for alt in alts) == sum(alt.startswith("dogs") for alt in alts) > 0
-    assert "22 images are too few to learn to generate" in (tmp_path / "out/report.html").read_text()
+    assert "23 images are too few to learn to generate" in (tmp_path / "out/report.html").read_text()
     assert not any("asked class" in cell for cell in page.cells)
 
 

@@ -97,11 +97,12 @@ def _fetch_encoder() -> None:
 def _carry_out(study: Study, parts: Parts) -> Findings:
     """All parts of one study, in order: pictures and figures of all of them."""
     name = study.folder.name
-    steps = [
+    steps = [("images", "small images", study.prepare)] if study.prepare else []
+    steps += [
         ("decoder", "stage 1, the decoder", partial(_train, train_decoder, study.decoder, study.folder / "decoder")),
         ("reconstructions", "reconstructions", partial(measure_decoder, study)),
     ]
-    if study.pca_size:
+    if study.whole:
         steps.append(("latents", "latents in colours", partial(measure_latents, study)))
     if study.dit:
         steps += [

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rae.autoencoder.encoders import load_encoder
 from rae.autoencoder.rae import RAE
-from rae.data.images import Images, Stream, Views, open_images, open_split, to_bytes, to_unit
+from rae.data.images import DataConfig, Images, Views, open_images, open_split, to_bytes, to_unit
 from rae.demo.studies import Study
 from rae.diffusion.flow import data_from_velocity
 from rae.diffusion.guidance import CFG, AutoGuidance
@@ -38,13 +38,13 @@ def measure_decoder(study: Study) -> Findings:
     rae, (train, held_out) = RAE.from_pretrained(study.folder / "decoder"), open_split(study.decoder.data)
     pictures, figures = {}, []
     for name, images in (("held_out", held_out), ("seen", train)):
-        views, what = _views(study, images, rae.output_size)
+        views = Views(images, study.decoder.data, rae.output_size)
         original = torch.stack([views[i]["image"] for i in range(min(len(views), 200))])
         decoded = torch.cat([to_bytes(rae.reconstruct(to_unit(part))) for part in original.split(32)])
         shown = _one_of_each([views[i]["label"] for i in range(len(original))])[: study.row]
         pictures |= {f"{name}_original": _hwc(original[shown]), f"{name}_decoded": _hwc(decoded[shown])}
         pair, kind = (to_unit(decoded), to_unit(original)), {"held_out": "held-out images", "seen": "training images"}
-        protocol = f"{len(original)} {what}, {' x '.join(map(str, rae.output_size))} px, 8-bit, fp32"
+        protocol = f"{len(original)} of {len(views)}, {' x '.join(map(str, rae.output_size))} px, 8-bit, fp32"
         figures += [
             Figure(name=f"PSNR of {kind[name]}", value=f"{psnr(*pair).mean():.1f} dB", protocol=protocol),
             Figure(name=f"SSIM of {kind[name]}", value=f"{ssim(*pair).mean():.3f}", protocol=protocol),
@@ -66,9 +66,9 @@ def measure_decoder(study: Study) -> Findings:
 @torch.no_grad()
 def measure_latents(study: Study) -> Findings:
     """Patch tokens of whole photographs in three colours: their three principal components, over all images shown."""
-    size = (study.pca_size, study.pca_size)
-    encoder, images = load_encoder(study.decoder.encoder.name, image_size=size), open_images(study.decoder.data.source)
-    views = Views(images, study.decoder.data.model_copy(update={"crop": "center"}), size)
+    size, images = (study.whole_side, study.whole_side), open_images(study.whole)
+    encoder = load_encoder(study.decoder.encoder.name, image_size=size)
+    views = Views(images, DataConfig(source=study.whole, enlarge=True, on_broken="skip"), size)
     shown = [views[i]["image"] for i in np.linspace(0, len(images) - 1, min(len(images), 8)).round().astype(int)]
     tokens = torch.cat([encoder(to_unit(image[None])) for image in shown])
     flat = tokens.flatten(0, 1).double()
@@ -158,19 +158,6 @@ def _steps_from_noise(study: Study, model: DiffusionModel, rae: RAE, guidance: C
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
-
-
-def _views(study: Study, images: Images, size: tuple[int, int]) -> tuple[Views, str]:
-    """The images as training sees them: 32 random crops or, without random crops, each one's middle."""
-    data = study.decoder.data
-    if data.crop == "random":
-        return _Crops(images, data, size, seed=1), f"random crops of {len(images)} images"
-    return Views(images, data, size), "images"
-
-
-class _Crops(Stream):
-    def __len__(self) -> int:
-        return 32
 
 
 def _rows_of_classes(images: Tensor, classes: int, most: int) -> Tensor:

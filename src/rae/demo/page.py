@@ -69,7 +69,7 @@ def _study(study: Study, found: Findings) -> list[str]:
     for name, what in (("held_out", "Held out: never seen in training"), ("seen", "Seen in training")):
         rows = [pictures[f"{name}_original"], pictures[f"{name}_decoded"]]
         pieces.append(sheet(rows, f"{what}. {protocol}", names=["original", "decoded"], size=size))
-    if study.pca_size:
+    if study.whole:
         caption = (
             "What the encoder sees: three principal components of the patch tokens, over all these images, as red, "
             "green and blue. Like colours are like parts; the axes are arbitrary."
@@ -96,7 +96,7 @@ def _samples(study: Study, pictures: dict[str, np.ndarray], size: int) -> list[s
         if (grid := pictures.get(f"samples_{kind}")) is not None
     ]
     times = [f"t = {t:.2g}" for t in pictures["strip_times"]]
-    strip_names = ["the state", *["its data"] * (len(pictures["strips"]) - 1)]
+    strip_names = ["state", *["expected"] * (len(pictures["strips"]) - 1)]
     best = "guided (CFG)" if names else "unguided"
     return [
         heading("Samples"),

