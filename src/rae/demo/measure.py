@@ -86,56 +86,62 @@ def measure_latents(study: Study) -> Findings:
 def measure_samples(study: Study) -> Findings:
     """Samples with and without guidance, how they come about, and the training images nearest to them."""
     rae, model = RAE.from_pretrained(study.folder / "decoder"), DiffusionModel.from_pretrained(study.folder / "dit")
-    first = checkpoints(study.folder / "dit")[0]
-    s, classes, (train, held_out) = study.sampling, model.config.network.num_classes, open_split(study.dit.data)
-    weak, judge = DiffusionModel.from_pretrained(first / "model"), _judge(train) if study.judged else None
-    labels = [i % classes for i in range(s.count)] if classes else None
-    share = int(first.name) / (s_total := int(checkpoints(study.folder / "dit")[-1].name))
-    kinds = {"unguided": (None, "no guidance")}
-    if classes:
-        kinds["CFG"] = CFG(s.cfg), f"CFG {s.cfg:g} at all times"
-    kinds["AutoGuidance"] = (
-        AutoGuidance(weak, s.autoguidance),
-        f"AutoGuidance {s.autoguidance:g} by the same run's checkpoint at {share:.0%}",
+    count, steps, classes = study.sampling.count, study.sampling.steps, model.config.network.num_classes
+    train, held_out = open_split(study.dit.data)
+    judge, labels = _judge(train) if study.judged else None, [i % classes for i in range(count)] if classes else None
+    trained = int(checkpoints(study.folder / "dit")[-1].name)
+    protocol = (
+        f"{count} images, {f'{classes} classes in turn' if classes else 'no classes'}, seeds 0 to {count - 1}, Euler, "
+        f'{steps} calls (grid "calls"), EMA weights after {trained:,} images seen, fp32'
     )
-    sampling = (
-        f"{s.count} images, {f'{classes} classes in turn' if classes else 'no classes'}, seeds 0 to {s.count - 1}, "
-    )
-    sampling += f'Euler, {s.steps} calls (grid "calls"), EMA weights after {s_total:,} images seen, fp32'
     pictures, figures, made, latents = {}, [], {}, {}
-    for kind, (guidance, description) in kinds.items():
-        settings = {"steps": s.steps, "grid": "calls", "guidance": guidance, "batch_size": 100}
-        batches = list(generate(model, rae, labels, range(s.count), **settings))
-        images = made[kind] = to_bytes(torch.cat([b.images for b in batches]))
-        latents[kind] = torch.cat([b.latents for b in batches])
-        pictures[f"samples_{kind}"] = _hwc(_rows_of_classes(images, classes, study.row))
+    guidances = _guidances(study, model)
+    for kind, (guidance, description) in guidances.items():
+        settings = {"steps": steps, "grid": "calls", "guidance": guidance, "batch_size": 100}
+        batches = list(generate(model, rae, labels, range(count), **settings))
+        made[kind], latents[kind] = (
+            to_bytes(torch.cat([b.images for b in batches])),
+            torch.cat([b.latents for b in batches]),
+        )
+        pictures[f"samples_{kind}"] = _hwc(_rows_of_classes(made[kind], classes, study.row))
         if judge:
-            right = (judge.predict(_hwc(images)) == np.array(labels)).mean()
-            protocol = f"{sampling}; {description}; {_describe_judge(judge)}"
-            figures.append(
-                Figure(name=f"samples read as the asked class, {kind}", value=f"{right:.1%}", protocol=protocol)
+            right = (judge.predict(_hwc(made[kind])) == np.array(labels)).mean()
+            name, how = (
+                f"samples read as the asked class, {kind}",
+                f"{protocol}; {description}; {_describe_judge(judge)}",
             )
+            figures.append(Figure(name=name, value=f"{right:.1%}", protocol=how))
     best = "CFG" if classes else "unguided"
-    pictures |= _steps_from_noise(study, model, rae, kinds[best][0])
+    pictures |= _steps_from_noise(study, model, rae, guidances[best][0])
 
     data = study.dit.data.model_copy(update={"flip": False})
-    known = cache_latents(rae, train, data).latents[0]
-    fresh = cache_latents(rae, held_out, data).latents[0]
-    views = Views(train, data, rae.image_size)
+    known, fresh = (cache_latents(rae, images, data).latents[0] for images in (train, held_out))
     nearest = torch.cdist(latents[best].flatten(1), known.flatten(1)).argmin(1)[: study.row]
+    views = Views(train, data, rae.image_size)
     pictures["nearest"] = _hwc(torch.stack([views[i]["image"] for i in nearest.tolist()]))
     pictures["nearest_to"] = _hwc(made[best][: len(nearest)])
-    distances = {kind: _nearest_distance(z, known) for kind, z in latents.items()}
+    distances = {kind: _nearest_distance(z, known) for kind, z in (latents | {"held-out real": fresh}).items()}
     figures.append(
         Figure(
             name="distance to the nearest training image",
-            value=", ".join(f"{kind} {d:.3f}" for kind, d in distances.items())
-            + f", held-out real {_nearest_distance(fresh, known):.3f}",
+            value=", ".join(f"{kind} {distance:.3f}" for kind, distance in distances.items()),
             protocol=f"median over the images of the RMS difference of standardised latents, {len(known)} training and "
-            f"{len(fresh)} held-out images; far below the last one = copies of training images; {sampling}",
+            f"{len(fresh)} held-out images; far below the last one = copies of training images; {protocol}",
         )
     )
     return Findings(pictures, figures)
+
+
+def _guidances(study: Study, model: DiffusionModel) -> dict[str, tuple[CFG | AutoGuidance | None, str]]:
+    """Each kind of guidance that the model allows, and what it is in words."""
+    sampling, saved = study.sampling, checkpoints(study.folder / "dit")
+    kinds = {"unguided": (None, "no guidance")}
+    if model.config.network.num_classes:
+        kinds["CFG"] = CFG(sampling.cfg), f"CFG {sampling.cfg:g} at all times"
+    weak, share = DiffusionModel.from_pretrained(saved[0] / "model"), int(saved[0].name) / int(saved[-1].name)
+    words = f"AutoGuidance {sampling.autoguidance:g} by the same run's checkpoint at {share:.0%}"
+    kinds["AutoGuidance"] = AutoGuidance(weak, sampling.autoguidance), words
+    return kinds
 
 
 def _steps_from_noise(study: Study, model: DiffusionModel, rae: RAE, guidance: CFG | None) -> dict[str, np.ndarray]:
