@@ -192,3 +192,9 @@ def test_foreign_and_damaged_configurations_are_refused(saved, text):
     (saved / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"config\.json"):
         DiffusionModel.from_pretrained(saved)
+
+
+def test_a_file_in_place_of_a_folder_points_to_the_converter(tmp_path):
+    (tmp_path / "stage2_model.pt").write_bytes(b"\x80\x02")
+    with pytest.raises(ValueError, match="rae convert"):
+        DiffusionModel.from_pretrained(tmp_path / "stage2_model.pt")

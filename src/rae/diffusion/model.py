@@ -142,9 +142,13 @@ class DiffusionModel(nn.Module):
 
         Raises:
             ConfigError: not such a folder.
-            ValueError: weights that are damaged or do not fit the configuration.
+            ValueError: a file instead of a folder; weights that are damaged or do not fit the configuration.
         """
         folder = Path(folder)
+        if folder.is_file():
+            raise ValueError(
+                f"{folder} is a file; a diffusion model is a folder. `rae convert` makes one of the authors' files."
+            )
         if (folder / "latest").is_file():
             folder = folder / "checkpoints" / (folder / "latest").read_text().strip() / "model"
         model = cls(read_json(DiffusionModelConfig, folder / "config.json"), dtype=dtype)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from rich.console import Console
+from rich.markup import escape
 
 from rae.autoencoder.encoders import Encoder
 from rae.autoencoder.latents import LatentStats
@@ -35,6 +37,8 @@ def latent_statistics(
 ) -> LatentStats:
     """Exact mean and variance of the latents of every image, centre-cropped and not mirrored.
 
+    Where `data.on_broken` is "skip", an unreadable image is left out; the stream of training names it.
+
     Args:
         encode: [0,1] images [B,3,H,W] -> latents [B,C,h,w] before standardisation.
         shape: (C, h, w).
@@ -47,8 +51,10 @@ def latent_statistics(
     stats, share = LatentStats(shape), range(rank, len(images), world)
     chunks = [share[start : start + batch] for start in range(0, len(share), batch)]
     with progress("latent statistics", len(share)) as advance:
-        for chunk in loader(Views(images, data, size), chunks, data):
-            stats.update(encode(to_unit(chunk["image"].to(accelerator.device))))
+        for chunk, items in zip(chunks, loader(Views(images, data, size), chunks, data)):
+            own = items["index"] == torch.tensor(chunk)  # not another image, read in the place of a broken one
+            if own.any():
+                stats.update(encode(to_unit(items["image"][own].to(accelerator.device))))
             advance(stats.count)
     if world == 1:
         return stats
@@ -116,14 +122,19 @@ def _cache(
             f"{memory / 2**30:.1f} GiB; set {what}: online."
         )
     cache = LatentCache(torch.empty(shape), torch.empty(len(images), dtype=torch.int64))
-    chunks = [range(start, min(start + batch, len(images))) for start in range(0, len(images), batch)]
+    chunks, broken = [range(start, min(start + batch, len(images))) for start in range(0, len(images), batch)], []
     with progress("encoding", len(images)) as advance:
         for chunk, items in zip(chunks, loader(Views(images, data, size), chunks, data)):
+            broken += [images.names[i] for i, read in zip(chunk, items["index"].tolist()) if i != read]
             x = to_unit(items["image"].to(device))
             for view in range(shape[0]):
                 cache.latents[view, chunk.start : chunk.stop] = encode(x.flip(-1) if view else x).cpu()
             cache.labels[chunk.start : chunk.stop] = items["label"]
             advance(chunk.stop)
+    for name in broken:
+        Console(stderr=True).print(
+            f"[yellow]{escape(name)} cannot be read; the next image takes its place", soft_wrap=True
+        )
     return cache
 
 
