@@ -72,7 +72,8 @@ def test_page_shows_real_images_and_what_was_made_of_them(page, finished):
         assert {picture.tobytes() for picture in shown} <= real
     assert {picture.shape for pictures in images.values() for picture in pictures} == {
         (28, 28, 3),  # digits
-        (112, 112, 3),  # photographs
+        (96, 96, 3),  # photographs
+        (112, 112, 3),  # whole ones
         (7, 7, 3),  # colours of their tokens
     }
     assert {"state, t = 1", "expected, t = 0", "sample", "nearest"} <= images.keys()
