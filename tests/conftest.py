@@ -1,6 +1,7 @@
 """One thread for everything, and tiny trained runs of both stages, made by the commands once for all tests."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from rae.cli import rae
 # errors than over one, so runs that are to end in the same bits need the same number, child processes included.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# Shells start background jobs with Ctrl-C ignored, which children inherit; the tests are about what it does.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LENGTH = {"run__duration": "6st", "run__save_every": "3st", "run__evaluate_every": "100%"}
 

@@ -142,7 +142,7 @@ def test_pickles_are_not_opened(runs, refused, tmp_path):
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Harmful()))
     out = ["--out", tmp_path / "out"]
     assert "Pickles (.pt, .pth, .bin) are not loaded" in refused("reconstruct", tmp_path / "model.pt", "digits", *out)
-    assert "not a folder that rae saved" in refused("sample", tmp_path / "model.pt", *out)
+    assert "is a file; a diffusion model is a folder" in refused("sample", tmp_path / "model.pt", *out)
     assert "calls posix.mkdir when it is opened" in refused("convert", tmp_path / "model.pt", *out)
     refused("convert", tmp_path / "plain.pt", *out)
     assert not Path("/tmp/opened-a-pickle").exists()

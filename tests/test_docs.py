@@ -52,11 +52,8 @@ def test_python_of_the_readme_runs(runs, capsys):
 def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-            if not target.startswith("http") and target not in MADE_LATER:
+            if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
-
-
-MADE_LATER = {"docs/demo.png", "RESULTS.md"}
 
 
 # --- keys of the recipes
