@@ -86,12 +86,14 @@ def measure_latents(study: Study) -> Findings:
 def measure_samples(study: Study) -> Findings:
     """Samples with and without guidance, how they come about, and the training images nearest to them."""
     rae, model = RAE.from_pretrained(study.folder / "decoder"), DiffusionModel.from_pretrained(study.folder / "dit")
-    count, steps, classes = study.sampling.count, study.sampling.steps, model.config.network.num_classes
+    count, steps, known_classes = study.sampling.count, study.sampling.steps, model.config.network.num_classes
+    classes = min(known_classes, study.row)  # those that are sampled
     train, held_out = open_split(study.dit.data)
     judge, labels = _judge(train) if study.judged else None, [i % classes for i in range(count)] if classes else None
     trained = int(checkpoints(study.folder / "dit")[-1].name)
     protocol = (
-        f"{count} images, {f'{classes} classes in turn' if classes else 'no classes'}, seeds 0 to {count - 1}, Euler, "
+        f"{count} images, {f'{classes} of {known_classes} classes in turn' if classes else 'no classes'}, "
+        f"seeds 0 to {count - 1}, Euler, "
         f'{steps} calls (grid "calls"), EMA weights after {trained:,} images seen, fp32'
     )
     pictures, figures, made, latents = {}, [], {}, {}
@@ -167,12 +169,11 @@ def _steps_from_noise(study: Study, model: DiffusionModel, rae: RAE, guidance: C
 
 
 def _rows_of_classes(images: Tensor, classes: int, most: int) -> Tensor:
-    """Images whose classes take turns [n,...] -> [rows, columns, ...], a row for each of the first classes."""
+    """Images whose classes take turns [n,...] -> [rows, columns, ...], a row for each class, `most` columns at most."""
     if not classes:
         columns = min(most, len(images))
         return images[: len(images) // columns * columns].unflatten(0, (-1, columns))
-    columns = min(most, max(1, len(images) // classes))
-    return torch.stack([images[c::classes][:columns] for c in range(min(most, classes))])
+    return torch.stack([images[c::classes][: min(most, len(images) // classes)] for c in range(classes)])
 
 
 def _one_of_each(labels: Sequence[int]) -> list[int]:

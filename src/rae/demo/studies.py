@@ -33,7 +33,7 @@ class Sampling:
     """How images are generated for the report: Euler, grid "calls", float32.
 
     Attributes:
-        count: images of each kind of guidance, the classes in turn, seeds 0 to count - 1.
+        count: images of each kind of guidance, the first `row` classes in turn, seeds 0 to count - 1.
         steps: model calls.
         cfg: scale, where there are classes.
         autoguidance: scale; the weak model is the run's own first checkpoint.
@@ -140,7 +140,7 @@ def own_photos(out: Path, images: Images, source: Path, quick: bool) -> Study:
         f"Your photos: {source}",
         _photo_decoder(data, quick, input_side=112, patch_size=12),
         dit,
-        Sampling(count=8, steps=4) if quick else Sampling(count=60),
+        Sampling(count=8, steps=4) if quick else Sampling(count=36),
         prepare=partial(cut_tiles, chosen, folder / "images", (1,)),
         whole=str(source),
         whole_side=_WHOLE[quick],
