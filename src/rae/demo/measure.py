@@ -91,10 +91,10 @@ def measure_samples(study: Study) -> Findings:
     train, held_out = open_split(study.dit.data)
     judge, labels = _judge(train) if study.judged else None, [i % classes for i in range(count)] if classes else None
     trained = int(checkpoints(study.folder / "dit")[-1].name)
+    asked = f"{classes} of {known_classes} classes in turn" if classes else "no classes"
     protocol = (
-        f"{count} images, {f'{classes} of {known_classes} classes in turn' if classes else 'no classes'}, "
-        f"seeds 0 to {count - 1}, Euler, "
-        f'{steps} calls (grid "calls"), EMA weights after {trained:,} images seen, fp32'
+        f'{count} images, {asked}, seeds 0 to {count - 1}, Euler, {steps} calls (grid "calls"), '
+        f"EMA weights after {trained:,} images seen, fp32"
     )
     pictures, figures, made, latents = {}, [], {}, {}
     guidances = _guidances(study, model)
