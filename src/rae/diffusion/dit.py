@@ -5,8 +5,8 @@ adaLN-zero modulation. DiT-DH (Sec. 5) conditions a shallow, wide head on a DiT,
 
     z_t = M(x_t | t, y)        v = H(x_t | z_t, t)
 
-The objective is elsewhere (`flow.py`). Residual streams, norms and modulated activations are float32; matrix products
-run in the `dtype` that the caller names.
+The objective is elsewhere (`flow.py`). Residual streams and norms are float32; matrix products, modulation and gates
+are computed in the `dtype` that the caller names.
 """
 
 import math
@@ -183,8 +183,9 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], eps=1e-6) * self.weight
 
     def modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """norm(x) * (1 + scale) + shift, with the weight folded into the scale: one pass over x instead of two."""
-        return torch.addcmul(shift, F.rms_norm(x, x.shape[-1:], eps=1e-6), self.weight * (1 + scale))
+        """norm(x) * (1 + scale) + shift in the dtype of `scale`; the weight is folded into it, which saves a pass."""
+        normed = F.rms_norm(x, x.shape[-1:], eps=1e-6).to(scale.dtype)
+        return torch.addcmul(shift, normed, self.weight.to(scale.dtype) * (1 + scale))
 
 
 class Attention(nn.Module):
@@ -243,11 +244,9 @@ class Block(nn.Module):
         self.modulation = Linear(width, 6 * width)
 
     def forward(self, x: Tensor, c: Tensor, rotation: Tensor) -> Tensor:
-        dtype = c.dtype
-        modulation = self.modulation(F.silu(c)).chunk(6, dim=-1)
-        shift1, scale1, gate1, shift2, scale2, gate2 = (part.float() for part in modulation)
-        x = torch.addcmul(x, gate1, self.attn(self.norm1.modulated(x, shift1, scale1).to(dtype), rotation).float())
-        return torch.addcmul(x, gate2, self.mlp(self.norm2.modulated(x, shift2, scale2).to(dtype)).float())
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(c)).chunk(6, dim=-1)
+        x = x + gate1 * self.attn(self.norm1.modulated(x, shift1, scale1), rotation)
+        return x + gate2 * self.mlp(self.norm2.modulated(x, shift2, scale2))
 
 
 class FinalLayer(nn.Module):
@@ -260,8 +259,8 @@ class FinalLayer(nn.Module):
         self.linear = Linear(width, token_dim)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.modulation(F.silu(c)).float().chunk(2, dim=-1)
-        return self.linear(self.norm.modulated(x, shift, scale).to(c.dtype)).float()
+        shift, scale = self.modulation(F.silu(c)).chunk(2, dim=-1)
+        return self.linear(self.norm.modulated(x, shift, scale)).float()
 
 
 class TimeEmbedding(nn.Module):

@@ -1,0 +1,60 @@
+"""This process among those that `torchrun` or `accelerate launch` started."""
+
+import os
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import GradientAccumulationPlugin
+
+
+class ProcessError(RuntimeError):
+    """Processes that were started together do not see each other."""
+
+
+def process_state() -> PartialState:
+    """Rank, number and device of the processes; gloo on CPUs, NCCL on GPUs.
+
+    Raises:
+        ProcessError: the launcher started more processes than have found each other. Each would do all the work.
+    """
+    return _check(PartialState(cpu=_together_on_cpu()))
+
+
+def accelerator(**settings) -> Accelerator:
+    """As `process_state`, with what training needs besides.
+
+    Precision and accumulation are the recipe's: ACCELERATE_MIXED_PRECISION and ACCELERATE_GRADIENT_ACCUMULATION_STEPS,
+    which a saved configuration of accelerate sets, would change the numbers in silence and are overruled.
+
+    Args:
+        settings: of `accelerate.Accelerator`.
+
+    Raises:
+        ProcessError: as `process_state`.
+    """
+    accelerator = Accelerator(
+        cpu=_together_on_cpu(),
+        mixed_precision="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        **settings,
+    )
+    _check(accelerator.state)
+    return accelerator
+
+
+def _started() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _together_on_cpu() -> bool:
+    # accelerate joins processes without a GPU only where it is told to; otherwise each is a world of its own
+    return _started() > 1 and not torch.cuda.is_available()
+
+
+def _check(state):
+    if _started() != state.num_processes:
+        raise ProcessError(
+            f"the launcher started {_started()} processes, and this one sees {state.num_processes}; start them with "
+            "`torchrun --nproc_per_node N -m rae.cli ...` (or unset WORLD_SIZE)."
+        )
+    return state
