@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import decoder_recipe, save_encoder
+from tiny import decoder_recipe, save_encoder, train_in_processes
 
 from rae import RAE, Decoder, load_encoder
 from rae.autoencoder.latents import tokens_to_map
@@ -82,6 +82,20 @@ def test_small_micro_batches_compute_the_large_batch(encoder, finished, tmp_path
         assert log(parts, figure) == pytest.approx(log(whole, figure), rel=1e-3)
     assert log(parts, "grad_norm")[1:] == pytest.approx(log(whole, "grad_norm")[1:], rel=1e-2)
     assert log(parts, "loss")[0] == pytest.approx(log(whole, "loss")[0], rel=1e-6)
+
+
+def test_two_processes_compute_what_one_does(encoder, tmp_path):
+    recipe = decoder_recipe(encoder, run__duration="4st", run__log_every="1st", run__micro_batch=2)
+    one = train_decoder(recipe, tmp_path / "one")
+    two = train_in_processes(2, recipe, tmp_path / "two")
+    assert log(two, "loss") == pytest.approx(log(one, "loss"), rel=1e-5)
+    assert log(two, "grad_norm") == pytest.approx(log(one, "grad_norm"), rel=1e-3)
+
+
+def test_accelerates_own_settings_do_not_change_the_numbers(encoder, finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert log(train_decoder(decoder_recipe(encoder), tmp_path / "run"), "loss") == log(finished, "loss")
 
 
 def test_upsampling_decoder_and_bf16(encoder, tmp_path):
@@ -170,6 +184,30 @@ def test_finished_run_says_so_and_changes_nothing(encoder, finished, capsys):
     train_decoder(decoder_recipe(encoder, run__save_every="1st", run__keep=99), finished)
     assert "finished, 96 images seen" in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in (finished / "checkpoints").rglob("*")}
+
+
+def test_longer_run_says_where_the_learning_rate_goes(encoder, tmp_path, capsys):
+    decaying = {"optim__schedule": "cosine", "optim__final_lr": 1e-5}
+    train_decoder(decoder_recipe(encoder, **decaying), tmp_path / "run")
+    train_decoder(decoder_recipe(encoder, **decaying, run__duration="24st"), tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "goes on at 0.000505, not 1e-05. optim.warmup=0st optim.decay_end=12st keep the old ones" in said
+    kept = decoder_recipe(encoder, **decaying, run__duration="26st", optim__decay_end="24st")
+    train_decoder(kept, tmp_path / "run")
+    assert "the learning rate goes on" not in capsys.readouterr().err
+
+
+def test_moved_encoder_and_images_are_the_same_run(encoder, tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(8):
+        Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(tmp_path / f"images/{i}.png")
+    train_decoder(decoder_recipe(encoder, data__source=str(tmp_path / "images")), tmp_path / "run")
+    (tmp_path / "images").rename(tmp_path / "moved")
+    (tmp_path / "encoder").symlink_to(encoder)
+    moved = {"data__source": str(tmp_path / "moved"), "run__duration": "14st"}
+    train_decoder(decoder_recipe(tmp_path / "encoder", **moved), tmp_path / "run")
+    assert (tmp_path / "run/latest").read_text() == "000000112\n"
+    assert len(list((tmp_path / "run").glob("statistics-*"))) == 1
 
 
 def test_longer_run_goes_on_from_a_finished_one(encoder, tmp_path):

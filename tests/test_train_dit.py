@@ -1,16 +1,13 @@
 """Stage 2: what the loop computes, what it saves, and how it refuses."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import decoder_recipe, dit_recipe, save_encoder
+from tiny import decoder_recipe, dit_recipe, save_encoder, train_in_processes
 
 from rae import RAE, DiffusionModel, generate
 from rae.config import ConfigError
@@ -60,7 +57,7 @@ def test_saved_model_holds_the_average_of_the_weights(rae, tmp_path):
 
 
 def test_first_step_computes_the_flow_loss_of_its_images(rae, tmp_path):
-    recipe = dit_recipe(rae, run__duration="1st", drop_labels=0.0)
+    recipe = dit_recipe(rae, run__duration="1st", drop_labels=0.0, sheet__cfg=None)
     folder = train_dit(recipe, tmp_path / "run")
     # A fresh model puts out 0, so the loss is the mean square of noise - latents: nothing else of the loop enters.
     cache = cache_latents(RAE.from_pretrained(rae), *_images(recipe))
@@ -92,22 +89,25 @@ def test_small_micro_batches_compute_the_large_batch(rae, tmp_path):
 
 
 def test_two_processes_compute_what_one_does(rae, tmp_path):
-    length = {"run__duration": "4st", "run__log_every": "1st", "run__micro_batch": 2}
-    one = train_dit(dit_recipe(rae, **length), tmp_path / "one")
-    (tmp_path / "two.py").write_text(
-        "import sys\n"
-        "from rae.config import load_recipe\n"
-        "from rae.training.dit import DiTRecipe, train_dit\n"
-        "train_dit(load_recipe(DiTRecipe, sys.argv[1]), sys.argv[2])\n"
-    )
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    script = [tmp_path / "two.py", one / "recipe.yaml", tmp_path / "two"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", *launch, *script], check=True, capture_output=True, env=environment)
+    recipe = dit_recipe(rae, run__duration="4st", run__log_every="1st", run__micro_batch=2)
+    one = train_dit(recipe, tmp_path / "one")
+    two = train_in_processes(2, recipe, tmp_path / "two")
     # Noise belongs to the image, so two processes draw what one alone draws.
-    assert log(tmp_path / "two", "loss") == pytest.approx(log(one, "loss"), rel=1e-5)
-    assert log(tmp_path / "two", "grad_norm") == pytest.approx(log(one, "grad_norm"), rel=1e-4)
+    assert log(two, "loss") == pytest.approx(log(one, "loss"), rel=1e-5)
+    assert log(two, "grad_norm") == pytest.approx(log(one, "grad_norm"), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"network__kind": "dit"}, "network.head .* belongs to dit-dh"),
+        ({"network__unconditional": True, "sheet__cfg": 2.0}, "guides by classes, which network.unconditional ignores"),
+        ({"drop_labels": 0.0}, "needs the null label, which drop_labels 0 never trains"),
+    ],
+)
+def test_keys_without_effect_are_refused(rae, changes, message):
+    with pytest.raises(ValueError, match=message):
+        dit_recipe(rae, **changes)
 
 
 def test_cached_parts_follow_the_stream(rae):
@@ -125,7 +125,7 @@ def test_images_without_classes_make_an_unconditional_model(rae, tmp_path):
     recipe = dit_recipe(rae, data__source=str(tmp_path / "images"), data__held_out=0.5)
     model = DiffusionModel.from_pretrained(train_dit(recipe, tmp_path / "run"))
     assert (model.null_label, model.config.class_names) == (0, None)
-    recipe = dit_recipe(rae, network__unconditional=True, run__precision="bf16", optim__name="muon")
+    recipe = dit_recipe(rae, network__unconditional=True, sheet__cfg=None, run__precision="bf16", optim__name="muon")
     assert DiffusionModel.from_pretrained(train_dit(recipe, tmp_path / "digits")).null_label == 0
 
 

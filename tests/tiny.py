@@ -1,6 +1,9 @@
 """Tiny real parts for the tests of training: an encoder with random weights in the transformers layout, two recipes."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -61,3 +64,33 @@ def _change(recipe, changes: dict):
             section = section[name]
         section[last] = value
     return type(recipe).model_validate(data)
+
+
+_TRAIN = """
+import sys
+from rae.config import load_recipe
+from rae.processes import process_state
+from rae.training.decoder import DecoderRecipe, train_decoder
+from rae.training.dit import DiTRecipe, train_dit
+
+stage, processes, recipe, folder = sys.argv[1:]
+schema, train = {"1": (DecoderRecipe, train_decoder), "2": (DiTRecipe, train_dit)}[stage]
+assert process_state().num_processes == int(processes), process_state()
+train(load_recipe(schema, recipe), folder)
+"""
+
+
+def train_in_processes(count: int, recipe, folder: Path) -> Path:
+    """Train in `count` processes of one thread each; returns the folder."""
+    script, file = folder.with_suffix(".py"), folder.with_suffix(".yaml")
+    script.write_text(_TRAIN)
+    file.write_text(json.dumps(recipe.model_dump(mode="json")))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    stage = "1" if isinstance(recipe, DecoderRecipe) else "2"
+    subprocess.run(
+        [*launch, script, stage, str(count), file, folder],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return folder

@@ -22,7 +22,15 @@ from rae.data.order import noise_draws
 from rae.training.checkpoint import load_training_state, load_weights, save_training_state
 from rae.training.display import save_sheet
 from rae.training.latents import cache_tokens, latent_statistics
-from rae.training.optim import OptimConfig, build_optimizers, ema_warning, make_ema, parameter_groups, update_ema
+from rae.training.optim import (
+    OptimConfig,
+    build_optimizers,
+    ema_warning,
+    make_ema,
+    parameter_groups,
+    set_lr,
+    update_ema,
+)
 from rae.training.perceptual import feature_distance
 from rae.training.run import DTYPES, Run, RunConfig
 
@@ -117,11 +125,11 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path) -> Path:
         decoder = Decoder(config).to(device)
         dtype, ema = DTYPES[recipe.run.precision], make_ema(decoder)
         optimizers = build_optimizers(recipe.optim, parameter_groups(decoder))
-        schedule = run.schedule(recipe.optim, optimizers, epoch=len(images))
+        learning_rate = run.learning_rate("optim", recipe.optim, epoch=len(images))
         run.warn(ema_warning(recipe.optim.ema, run.total // recipe.run.batch))
 
         # --- load -----------------------------------------------------------------------------------------------------
-        identity = {"images": images.identity, "encoder": encoder.checksum()}
+        identity = {"images": images.identity, "encoder": _identity(encoder)}
         if run.checkpoint:
             run.resume(identity)
             load_training_state(run.checkpoint / "train", decoder, optimizers)
@@ -141,9 +149,10 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path) -> Path:
             save_training_state(folder / "train", decoder, optimizers, run.state(identity))
 
         run.begin()
-        for batch in run.report_broken(stream, loader(stream, run.positions(), recipe.data)):
+        for batch in run.watch_broken(stream, loader(stream, run.positions(), recipe.data)):
             # --- single training step ---------------------------------------------------------------------------------
-            lr, totals = schedule(), torch.zeros(3, device=device)
+            lr, totals = learning_rate(run.step), torch.zeros(3, device=device)
+            set_lr(optimizers, lr)
             parts = zip(batch["image"].split(run.micro_batch), batch["position"].split(run.micro_batch))
             for image, positions in run.accumulate(network, parts):
                 image = to_unit(image.to(device))
@@ -160,7 +169,7 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path) -> Path:
                 if recipe.loss.perceptual:
                     perceptual = feature_distance(encoder, decoded, tokens).sum()
                 loss = l1 + recipe.loss.perceptual * perceptual
-                run.accelerator.backward(loss / run.local_batch)
+                (loss / run.local_batch).backward()
                 totals += torch.stack([loss, l1, perceptual]).detach() / run.local_batch
             loss, l1, perceptual = run.average(totals)
             norm = run.step_optimizers(decoder, optimizers)
@@ -189,11 +198,17 @@ def _check_sizes(encoder: EncoderConfig, decoder: DecoderConfig) -> None:
         )
 
 
+def _identity(encoder: Encoder) -> str:
+    """SHA-256 (hex) of what the encoder computes, wherever its files lie."""
+    computes = encoder.config.model_dump_json(exclude={"name", "source"})
+    return hashlib.sha256(f"{computes} {encoder.checksum()}".encode()).hexdigest()
+
+
 def _statistics(recipe: DecoderRecipe, encoder: Encoder, images: Images, run: Run) -> LatentStats | None:
     """Exact statistics of the training images' latents; taken once, in float32, and kept in the run's folder."""
     if not recipe.statistics:
         return None
-    of = hashlib.sha256(f"{images.identity} {encoder.config} {encoder.checksum()}".encode()).hexdigest()
+    of = hashlib.sha256(f"{images.identity} {_identity(encoder)}".encode()).hexdigest()
     path = run.folder / f"statistics-{of[:12]}.safetensors"
     if not path.exists():
         stats = latent_statistics(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from rae.autoencoder.rae import RAE
 from rae.config import Config, parse
@@ -23,7 +23,7 @@ from rae.diffusion.sampling import generate
 from rae.training.checkpoint import load_training_state, load_weights, save_training_state
 from rae.training.display import save_sheet
 from rae.training.latents import Parts, cache_latents, cached_latents, online_latents
-from rae.training.optim import OptimConfig, build_optimizers, ema_warning, make_ema, update_ema
+from rae.training.optim import OptimConfig, build_optimizers, ema_warning, make_ema, set_lr, update_ema
 from rae.training.run import DTYPES, Run, RunConfig
 
 _FIXED = 2**32  # the seed of held-out figures and sheets, the same in every run and apart from any run's own
@@ -84,6 +84,18 @@ class DiTRecipe(Config):
     sheet: SheetConfig = SheetConfig()
     run: RunConfig
 
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> "DiTRecipe":
+        if self.network.kind == "dit" and self.network.head:
+            raise ValueError(f"network.head {self.network.head} belongs to dit-dh, network.kind is dit; change either")
+        if self.sheet.cfg is not None and self.network.unconditional:
+            raise ValueError(
+                f"sheet.cfg {self.sheet.cfg} guides by classes, which network.unconditional ignores"
+            )
+        if self.sheet.cfg is not None and self.drop_labels == 0:
+            raise ValueError(f"sheet.cfg {self.sheet.cfg} needs the null label, which drop_labels 0 never trains")
+        return self
+
 
 def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
     """Train a DiT or DiT-DH. Called again with the same arguments, it goes on where it was interrupted.
@@ -112,7 +124,7 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
         model = DiffusionModel(config, dtype=DTYPES[recipe.run.precision]).to(device)
         flow, ema = model.flow, make_ema(model)
         optimizers = build_optimizers(recipe.optim, model.network.parameter_groups())
-        schedule = run.schedule(recipe.optim, optimizers, epoch=len(images))
+        learning_rate = run.learning_rate("optim", recipe.optim, epoch=len(images))
         run.warn(ema_warning(recipe.optim.ema, run.total // recipe.run.batch))
 
         # --- load -----------------------------------------------------------------------------------------------------
@@ -134,7 +146,8 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
         run.begin()
         for parts in batches:
             # --- single training step ---------------------------------------------------------------------------------
-            lr, total = schedule(), torch.zeros(1, device=device)
+            lr, total = learning_rate(run.step), torch.zeros(1, device=device)
+            set_lr(optimizers, lr)
             for latents, labels, positions in run.accumulate(network, parts):
                 noise, u = (draw.to(device) for draw in noise_draws(positions, recipe.seed, rae.latent_shape))
                 if recipe.network.unconditional:
@@ -142,7 +155,7 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
                 labels = drop_labels(labels, u[:, 1], recipe.drop_labels, model.null_label)
                 losses = flow.loss(predict, latents, labels, flow.times(u[:, 0]), noise)
                 loss = losses.sum() / run.local_batch
-                run.accelerator.backward(loss)
+                loss.backward()
                 total += loss.detach()
             (loss,) = run.average(total)
             norm = run.step_optimizers(model.network, optimizers)
@@ -178,7 +191,7 @@ def _latents(recipe: DiTRecipe, rae: RAE, images: Images, run: Run) -> Iterator[
         cache = cache_latents(rae, images, recipe.data, batch=run.micro_batch)
         return cached_latents(cache, run.positions(), recipe.seed, run.micro_batch, run.accelerator.device)
     stream = Stream(images, recipe.data, rae.image_size, recipe.seed)
-    return online_latents(rae, run.report_broken(stream, loader(stream, run.positions(), recipe.data)), run.micro_batch)
+    return online_latents(rae, run.watch_broken(stream, loader(stream, run.positions(), recipe.data)), run.micro_batch)
 
 
 @torch.no_grad()

@@ -104,6 +104,18 @@ def lr_factor(
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * p))
 
 
+def learning_rate(config: OptimConfig, warmup: int, decay_end: int, step: int) -> float:
+    """The rate of step k = 0, 1, ... by a recipe whose durations are `warmup` and `decay_end` steps."""
+    return config.lr * lr_factor(
+        step,
+        schedule=config.schedule,
+        warmup=warmup,
+        decay_end=decay_end,
+        final=(config.final_lr or config.lr) / config.lr,
+        warmup_from_zero=config.warmup_from_zero,
+    )
+
+
 def set_lr(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:

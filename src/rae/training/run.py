@@ -9,6 +9,7 @@ runs/x/
 
 import contextlib
 import fcntl
+import functools
 import importlib.util
 import json
 import math
@@ -22,7 +23,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate.utils import gather_object
 from pydantic import PositiveInt
 from rich.console import Console
 from rich.table import Table
@@ -30,16 +31,19 @@ from rich.table import Table
 from rae.config import Config, ConfigError, load_recipe
 from rae.data.images import Stream
 from rae.data.order import batch_positions, image_index
+from rae.processes import accelerator
 from rae.training.checkpoint import checkpoints, newest_checkpoint, read_state, save_checkpoint
 from rae.training.display import progress
 from rae.training.durations import Duration, in_images
-from rae.training.optim import OptimConfig, lr_factor, set_lr
+from rae.training.optim import OptimConfig, learning_rate
 
 T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# What a resumed run may ask for differently: how long, how often, how it is watched, how fast images are decoded.
+# What a resumed run may ask for differently: how long, how often, how it is watched, how fast images are decoded, and
+# where things lie; that they are the same things, checksums decide.
 FREE = {"run.duration", "run.log_every", "run.save_every", "run.evaluate_every", "run.keep", "run.trackers"}
 FREE |= {"run.evaluate_images", "sheet.images", "sheet.steps", "sheet.cfg", "data.workers"}
+FREE |= {"optim.warmup", "optim.decay_end", "encoder.name", "data.source", "data.held_out", "rae"}
 
 
 class TrainingError(RuntimeError):
@@ -97,7 +101,7 @@ class Run:
             name: max(in_images(getattr(config, f"{name}_every"), **convert), batch)
             for name in ("log", "evaluate", "save")
         }
-        self.accelerator = Accelerator(log_with=list(config.trackers) or None, project_dir=folder)
+        self.accelerator = accelerator(log_with=list(config.trackers) or None, project_dir=folder)
         if batch % self.accelerator.num_processes:
             raise ConfigError(f"run.batch {batch} cannot be shared by {self.accelerator.num_processes} processes.")
         self.local_batch = batch // self.accelerator.num_processes
@@ -105,6 +109,7 @@ class Run:
         self.main = self.accelerator.is_main_process
         self.console = Console(stderr=True, quiet=not self.main)
         self.seen, self.stop, self._asked, self._window = 0, None, None, {}
+        self._schedules, self._broken, self._newly_broken = {}, set(), set()
 
     def __enter__(self) -> "Run":
         """Claim the folder, compare the recipe with the one it was begun with, find the checkpoint to go on from.
@@ -137,26 +142,15 @@ class Run:
         """Optimiser steps made."""
         return self.seen // self.config.batch
 
-    def schedule(self, config: OptimConfig, optimizers: list[torch.optim.Optimizer], epoch: int) -> Callable[[], float]:
-        """A function that sets the learning rate of the coming step, and returns it."""
-        warmup, decay_end = (
+    def learning_rate(self, section: str, config: OptimConfig, epoch: int) -> Callable[[int], float]:
+        """step -> learning rate, by the recipe's section of that name. To be asked for before `resume`."""
+        durations = (config.warmup, config.decay_end)
+        in_steps = [
             in_images(duration, batch=self.config.batch, epoch=epoch, total=self.total) // self.config.batch
-            for duration in (config.warmup, config.decay_end)
-        )
-
-        def apply() -> float:
-            factor = lr_factor(
-                self.step,
-                schedule=config.schedule,
-                warmup=warmup,
-                decay_end=decay_end,
-                final=(config.final_lr or config.lr) / config.lr,
-                warmup_from_zero=config.warmup_from_zero,
-            )
-            set_lr(optimizers, factor * config.lr)
-            return factor * config.lr
-
-        return apply
+            for duration in durations
+        ]
+        self._schedules[section] = in_steps
+        return functools.partial(learning_rate, config, *in_steps)
 
     def positions(self) -> Iterator[range]:
         """The stream positions of this process in each coming step."""
@@ -196,10 +190,13 @@ class Run:
                 )
         self.seen, self._window = state["images"], state["window"]
         self._say(f"resumed at {self.seen:,} of {self.total:,} images")
+        for section, steps in self._schedules.items():
+            begun = state["schedules"][section]
+            self.warn(_schedule_warning(section, getattr(self.recipe, section), begun, steps, self.step))
 
     def state(self, identity: dict[str, str]) -> dict[str, Any]:
         """What `resume` needs."""
-        return {"images": self.seen, "identity": identity, "window": self._window}
+        return {"images": self.seen, "identity": identity, "window": self._window, "schedules": self._schedules}
 
     def begin(self) -> None:
         """Open progress, log and trackers: everything is loaded and the loop starts."""
@@ -224,7 +221,8 @@ class Run:
         return self.seen % self.every[what] == 0 or self.finished or (what == "save" and self.stop is not None)
 
     def log(self, **figures: float) -> None:
-        """Write the averages since the last line, and `figures`, to log.jsonl and the trackers."""
+        """All processes call it: log.jsonl and trackers get the averages since the last line, and `figures`."""
+        self._tell_broken()
         now = time.monotonic()
         rate = (self.seen - self._clock_seen) / (now - self._clock)
         self._clock, self._clock_seen = now, self.seen
@@ -256,8 +254,12 @@ class Run:
     def _require_finite(self, name: str, value: float) -> None:
         if math.isfinite(value):
             return
-        kept = checkpoints(self.folder)
-        last = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+        kept = [path.name for path in checkpoints(self.folder)]
+        last = (
+            f"checkpoint {kept[-1]} was written before (of {', '.join(kept)}); if the loss had risen by then, remove it"
+            if kept
+            else "there is no checkpoint yet"
+        )
         raise TrainingError(
             f"the {name} is {value} in step {self.step} (images {self.seen:,} to {self.seen + self.config.batch:,}). "
             f"Nothing of it is saved; {last}. In a new folder, lower optim.lr, lengthen optim.warmup, or set "
@@ -276,17 +278,21 @@ class Run:
             )
             raise SystemExit(128 + self.stop)
 
-    def report_broken(self, stream: Stream, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict]:
-        """Pass batches of the stream on, and say once of every unreadable image that another took its place."""
+    def watch_broken(self, stream: Stream, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict]:
+        """Pass batches of the stream on; `log` says once of every unreadable image that another took its place."""
         for batch in batches:
             for position, index in zip(batch["position"].tolist(), batch["index"].tolist()):
                 wanted = image_index(position, len(stream.images), stream.seed)
-                name = stream.images.names[wanted]
-                if wanted != index and name not in self._broken:
-                    self._broken.add(name)
-                    self.warn(f"{name} cannot be read; the next image takes its place ({len(self._broken)} so far)")
-                    self.record(broken=name)
+                if wanted != index:
+                    self._newly_broken.add(stream.images.names[wanted])
             yield batch
+
+    def _tell_broken(self) -> None:
+        for name in sorted({*gather_object(list(self._newly_broken))} - self._broken):
+            self._broken.add(name)
+            self.warn(f"{name} cannot be read; the next image takes its place ({len(self._broken)} so far)")
+            self.record(broken=name)
+        self._newly_broken = set()
 
     def warn(self, message: str | None) -> None:
         if message:
@@ -365,6 +371,18 @@ def _check_recipe(folder: Path, recipe: Config) -> None:
     aside = folder / ".tmp-recipe.yaml"
     aside.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     os.replace(aside, path)
+
+
+def _schedule_warning(section: str, config: OptimConfig, begun: list[int], now: list[int], step: int) -> str | None:
+    """What to say where a longer run, or another duration, moves the learning rate of the step to come."""
+    before, after = (learning_rate(config, *steps, step) for steps in (begun, now))
+    if before == after:
+        return None
+    kept = f"{section}.warmup={begun[0]}st {section}.decay_end={begun[1]}st"
+    return (
+        f"{section}: warm-up and decay ended at steps {begun}, they end at {now} now: the learning rate goes on at "
+        f"{after:.3g}, not {before:.3g}. {kept} keep the old ones."
+    )
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
