@@ -39,7 +39,7 @@ def test_durations(duration, images):
     assert in_images(duration, batch=10, epoch=37, total=1000) == images
 
 
-@pytest.mark.parametrize("text", ["80", "ep", "-1ep", "80 ep", "1e3st", "5percent"])
+@pytest.mark.parametrize("text", [80, "80", "ep", "-1ep", "80 ep", "1e3st", "5percent"])
 def test_duration_without_a_unit_is_refused(text):
     with pytest.raises(ConfigError, match="a number with a unit"):
         parse(OptimConfig, {"lr": 1.0, "ema": 0.9, "warmup": text}, "recipe")

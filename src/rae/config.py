@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import pydantic
 import yaml
@@ -28,6 +28,14 @@ class Config(pydantic.BaseModel):
 C = TypeVar("C", bound=Config)
 
 
+def _both_sides(size: Any) -> Any:
+    return (size, size) if isinstance(size, int) else size
+
+
+# (H, W) in pixels; one number is both.
+Size = Annotated[tuple[pydantic.PositiveInt, pydantic.PositiveInt], pydantic.BeforeValidator(_both_sides)]
+
+
 def load_recipe(schema: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
     """Read a YAML recipe and apply dotted overrides, later ones winning.
 
@@ -37,15 +45,13 @@ def load_recipe(schema: type[C], path: str | Path, overrides: Sequence[str] = ()
         overrides: strings `section.key=value`; the value is read as YAML (`lr=2e-4`, `grid=[16,16]`, `stats=null`).
 
     Raises:
-        ConfigError: no such file, not YAML, an override without `=`, an unknown key, or a value that does not fit.
+        ConfigError: no such file, not YAML, a key given twice, an override without `=`, an unknown key, or a value
+            that does not fit.
     """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such recipe. Recipes of this project are in recipes/.")
-    try:
-        data = yaml.load(path.read_text(), Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    data = _read_yaml(path.read_bytes(), str(path))
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of sections, this file holds {type(data).__name__}.")
     for override in overrides:
@@ -67,8 +73,11 @@ def parse(schema: type[C], data: dict[str, Any], where: str) -> C:
     try:
         return schema.model_validate(data)
     except pydantic.ValidationError as error:
-        problems = "\n".join(f"  {_explain(schema, problem)}" for problem in error.errors())
-        raise ConfigError(f"{where} does not fit:\n{problems}") from error
+        problems = {}
+        for problem in error.errors():
+            problems.setdefault(tuple(_keys(data, problem)), []).append(problem)
+        lines = "\n".join(f"  {_explain(schema, keys, found)}" for keys, found in problems.items())
+        raise ConfigError(f"{where} does not fit:\n{lines}") from error
 
 
 def read_json(schema: type[C], path: str | Path) -> C:
@@ -77,14 +86,25 @@ def read_json(schema: type[C], path: str | Path) -> C:
     if not path.is_file():
         raise ConfigError(f"{path} is missing: {path.parent} is not a folder that rae saved.")
     try:
-        data = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        data = json.loads(path.read_bytes())
+    except ValueError as error:  # not JSON, or not text at all
         raise ConfigError(f"{path} is not valid JSON ({error}); the file is damaged or was cut short.") from error
     return parse(schema, data, str(path))
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `2e-4` as a string; recipes mean a number."""
+    """YAML 1.1 reads `2e-4` as a string, recipes mean a number; PyYAML takes the last of two equal keys in silence."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, lines = super().compose_mapping_node(anchor), {}
+        for key, _ in node.value:
+            line, name = key.start_mark.line + 1, str(key.value)
+            if name in lines:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {name!r} is given twice, in lines {lines[name]} and {line}; keep one of them"
+                )
+            lines[name] = line
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -92,6 +112,13 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$"),
     list("-+0123456789."),
 )
+
+
+def _read_yaml(text: str | bytes, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none
+        raise ConfigError(f"{where}: not valid YAML: {error}") from error
 
 
 def _set(data: dict[str, Any], override: str) -> None:
@@ -103,12 +130,23 @@ def _set(data: dict[str, Any], override: str) -> None:
         data = data.setdefault(name, {})
         if not isinstance(data, dict):
             raise ConfigError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section.")
-    data[last] = yaml.load(text, Loader=_Loader)
+    data[last] = _read_yaml(text, f"override {override!r}")
 
 
-def _explain(schema: type[Config], problem: Any) -> str:
-    *parents, last = problem["loc"] or ("",)
-    key = ".".join(str(part) for part in problem["loc"])
+def _keys(data: Any, problem: Any) -> Iterator[str | int]:
+    """The keys in `data` that lead to a problem: pydantic also names the members of unions that it has tried."""
+    for depth, part in enumerate(problem["loc"], start=1):
+        missing = problem["type"] == "missing" and depth == len(problem["loc"])
+        inside = part in data if isinstance(data, dict) else isinstance(data, list | tuple) and isinstance(part, int)
+        if inside or missing:
+            yield part
+            data = None if missing else data[part]
+
+
+def _explain(schema: type[Config], keys: Sequence[str | int], problems: Sequence[Any]) -> str:
+    """One line on what is wrong at `keys`; several problems are those of the members of a union."""
+    *parents, last = keys or ("",)
+    key, problem = ".".join(map(str, keys)), problems[0]
     if problem["type"] == "extra_forbidden":
         known = sorted({name for section in _sections(schema, parents) for name in section.model_fields})
         nearest = difflib.get_close_matches(str(last), known, n=1)
@@ -116,8 +154,9 @@ def _explain(schema: type[Config], problem: Any) -> str:
         return f"{key}: unknown key{hint} Known here: {', '.join(known)}."
     if problem["type"] == "missing":
         return f"{key}: required and not given."
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{key or 'recipe'}: {message} (got {problem['input']!r})." if key else message
+    first, *others = (p["msg"].removeprefix("Value error, ") for p in problems)
+    message = " or ".join([first, *(other.removeprefix("Input should be ") for other in others)])
+    return f"{key}: {message} (got {problem['input']!r})." if key else message
 
 
 def _sections(schema: type[Config], parents: Sequence[Any]) -> list[type[Config]]:

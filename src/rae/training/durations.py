@@ -2,20 +2,20 @@
 
 import re
 from fractions import Fraction
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import BeforeValidator
 
 _FORM = re.compile(r"(\d+(?:\.\d+)?)(k|M)?(ep|st|img|%)")
 
 
-def _check(text: str) -> str:
-    if not _FORM.fullmatch(text):
+def _check(text: Any) -> str:
+    if not isinstance(text, str) or not _FORM.fullmatch(text):
         raise ValueError('a duration is a number with a unit: "80ep", "1000st", "5%", "500kimg", "1.5Mimg"')
     return text
 
 
-Duration = Annotated[str, AfterValidator(_check)]
+Duration = Annotated[str, BeforeValidator(_check)]
 
 
 def in_images(duration: Duration, *, batch: int, epoch: int, total: int | None = None) -> int:
