@@ -78,9 +78,16 @@ def test_newest_is_found_and_old_ones_go(tmp_path):
     assert (tmp_path / "latest").read_text() == "000001100\n"
     (tmp_path / "latest").unlink()  # killed between the rename and the pointer
     (tmp_path / "checkpoints/.tmp-000001200/train").mkdir(parents=True)  # killed while writing
+    (tmp_path / "checkpoints/000001000-backup").mkdir()  # somebody's own, left alone
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints/000001100"
     assert (tmp_path / "latest").read_text() == "000001100\n"
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+    save(tmp_path, 1200, model, optimizers)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "000001000-backup",
+        "000001100",
+        "000001200",
+    ]
 
 
 def flip_a_bit(path: Path) -> None:

@@ -1,11 +1,15 @@
 """A saved model comes back bit for bit, and whatever is not a saved model is refused with the reason."""
 
+import hashlib
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import rae.folders
+from rae.autoencoder.sources import SourceError
 from rae.config import ConfigError
 from rae.diffusion.dit import DiTConfig, DiTDHConfig
 from rae.diffusion.flow import Flow, data_from_velocity
@@ -50,6 +54,12 @@ def edit(folder, change):
     (folder / "config.json").write_text(json.dumps(data))
 
 
+def accept(folder):
+    """Make config.json agree with the weights as they are now: what is wrong with them is then found elsewhere."""
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    edit(folder, lambda config: config["files"].update({"model.safetensors": digest}))
+
+
 # --- there and back --------------------------------------------------------------------------------------------------
 
 
@@ -72,14 +82,57 @@ def test_a_folder_holds_two_files_and_no_pickle(saved):
     assert sorted(file.name for file in saved.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_saving_again_replaces(saved):
+def test_saving_again_replaces_and_a_foreign_folder_is_left_alone(saved, tmp_path):
     other = make("dit")
     other.save_pretrained(saved)
     assert DiffusionModel.from_pretrained(saved).config == other.config
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    edit(saved, lambda config: config.update(kind="autoencoder"))
+    before = (saved / "config.json").read_bytes()
+    with pytest.raises(ValueError, match="model exists and is not a saved diffusion model"):
+        other.save_pretrained(saved)
+    assert (saved / "config.json").read_bytes() == before
+
+
+def test_loading_draws_no_random_weights(saved):
+    expected = make("dit-dh")
+    state = torch.get_rng_state()
+    model = DiffusionModel.from_pretrained(saved)
+    assert torch.equal(torch.get_rng_state(), state)
+    buffers, expected = dict(model.named_buffers()), dict(expected.named_buffers())
+    assert buffers.keys() == expected.keys() == {"network.rotary", "network.head_rotary"}
+    assert all(torch.equal(buffers[name], expected[name]) for name in buffers)  # in no file, so computed
+
+
+def test_a_home_folder_and_a_hub_id(saved, monkeypatch):
+    monkeypatch.setenv("HOME", str(saved.parent))
+    make().save_pretrained("~/other")
+    assert DiffusionModel.from_pretrained("~/other").config == make().config
+    asked = []
+    monkeypatch.setattr(rae.folders, "fetch_hub", lambda name, files: asked.append((name, files)) or saved)
+    assert DiffusionModel.from_pretrained("somebody/model").config == make("dit-dh").config
+    ((name, files),) = asked
+    assert (name, {"config.json", "*.safetensors"} <= set(files)) == ("somebody/model", True)
+
+
+def test_rounded_weights_are_neither_saved_nor_loaded(saved):
+    model = make("dit-dh")
+    model.network.head_embed.half()
+    with pytest.raises(ValueError, match=r"cannot be saved: head_embed\.weight is torch\.float16"):
+        model.save_pretrained(saved)
+    weights = load_file(saved / "model.safetensors")
+    save_file(weights | {"position": weights["position"].bfloat16()}, saved / "model.safetensors")
+    accept(saved)
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be loaded: position is torch\.bfloat16"):
+        DiffusionModel.from_pretrained(saved)
 
 
 def test_a_run_folder_stands_for_its_newest_checkpoint(tmp_path):
+    (tmp_path / "recipe.yaml").touch()
+    with pytest.raises(ValueError, match="this run has saved nothing yet"):
+        DiffusionModel.from_pretrained(tmp_path)
     make("dit").save_pretrained(tmp_path / "checkpoints" / "000000100" / "model")
+    assert DiffusionModel.from_pretrained(tmp_path).config.network.kind == "dit"  # killed before it had a pointer
     make("dit-dh").save_pretrained(tmp_path / "checkpoints" / "000000200" / "model")
     (tmp_path / "latest").write_text("000000100\n")
     assert DiffusionModel.from_pretrained(tmp_path).config.network.kind == "dit"
@@ -118,8 +171,10 @@ def test_what_it_knows_of_itself():
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"nowhere.*not a folder that rae saved"):
+    with pytest.raises(SourceError, match=r"nowhere' is neither an existing folder, nor a hub id"):
         DiffusionModel.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=f"{re.escape(str(tmp_path))} is not a folder that rae saved"):
+        DiffusionModel.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])
@@ -127,19 +182,31 @@ def test_truncated_weights_are_refused(saved, keep):
     weights = saved / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
-    with pytest.raises(ValueError, match=r"model\.safetensors cannot be loaded"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or was changed"):
+        DiffusionModel.from_pretrained(saved)
+    accept(saved)
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a readable safetensors file"):
+        DiffusionModel.from_pretrained(saved)
+
+
+def test_a_flipped_bit_is_found(saved):
+    data = bytearray((saved / "model.safetensors").read_bytes())
+    data[-9] ^= 1
+    (saved / "model.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or was changed"):
         DiffusionModel.from_pretrained(saved)
 
 
 def test_missing_weights_are_refused(saved):
     (saved / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"model\.safetensors cannot be loaded"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
         DiffusionModel.from_pretrained(saved)
 
 
 def test_a_pickle_in_place_of_weights_is_refused(saved):
     torch.save(make("dit-dh").network.state_dict(), saved / "model.safetensors")
-    with pytest.raises(ValueError, match=r"model\.safetensors cannot be loaded"):
+    accept(saved)
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a readable safetensors file"):
         DiffusionModel.from_pretrained(saved)
 
 
@@ -156,13 +223,15 @@ def test_weights_fit_exactly(saved, change, message):
     weights = load_file(saved / "model.safetensors")
     change(weights)
     save_file(weights, saved / "model.safetensors")
-    with pytest.raises(ValueError, match=f"(?s){message}"):
+    accept(saved)
+    with pytest.raises(ValueError, match=f"(?s)does not fit its config.json.*{message}"):
         DiffusionModel.from_pretrained(saved)
 
 
 def test_weights_of_another_network_are_refused(saved, tmp_path):
     make("dit").save_pretrained(tmp_path / "other")
     (tmp_path / "other" / "model.safetensors").replace(saved / "model.safetensors")
+    accept(saved)
     with pytest.raises(ValueError, match="head_blocks"):
         DiffusionModel.from_pretrained(saved)
 
@@ -170,7 +239,7 @@ def test_weights_of_another_network_are_refused(saved, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["network"].update(dephts=c["network"].pop("depth")), r"network\.dit-dh\.dephts.*'depth'"),
+        (lambda c: c["network"].update(dephts=c["network"].pop("depth")), r"network\.dephts.*'depth'"),
         (lambda c: c["flow"].update(shfit=2.0), r"flow\.shfit.*'shift'"),
         (lambda c: c["flow"].pop("shift"), r"flow\.shift.*required"),
         (lambda c: c["network"].update(kind="u-net"), r"network.*u-net|u-net.*network"),
@@ -178,6 +247,9 @@ def test_weights_of_another_network_are_refused(saved, tmp_path):
         (lambda c: c["network"].update(head_width=4, head_heads=1), "Theorem 1"),
         (lambda c: c.update(class_names=["cat", "dog"]), "2 class names for 3 classes"),
         (lambda c: c["flow"].update(shift="large"), r"flow\.shift.*large"),
+        (lambda c: c.update(kind="autoencoder"), "kind.*autoencoder"),
+        (lambda c: c.pop("files"), "files: required"),
+        (lambda c: c.update(drop_labels=1.5), "drop_labels.*1.5"),
     ],
 )
 def test_configurations_that_do_not_fit_name_file_and_key(saved, change, message):

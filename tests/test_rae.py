@@ -1,6 +1,7 @@
 """The autoencoder: formulas of encode and decode, what its identity depends on, saving and loading bit for bit."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import rae.folders as rae_folders
 from rae import RAE, Decoder, DecoderConfig, LatentStats, load_encoder
 from rae.autoencoder.latents import map_to_tokens, tokens_to_map
 from rae.autoencoder.sources import SourceError
@@ -146,15 +148,81 @@ def test_saving_again_replaces_and_a_foreign_folder_is_left_alone(rae, tmp_path)
     assert torch.equal(RAE.from_pretrained(tmp_path / "saved").decoder.head.bias, rae.decoder.head.bias)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
-    with pytest.raises(ValueError, match="is not a saved autoencoder"):
-        rae.save_pretrained(tmp_path / "mine")
+    (tmp_path / "saved" / "thesis.tex").touch()  # beside a model, but no part of it
+    for folder in ("mine", "saved", "mine/notes.txt"):
+        with pytest.raises(ValueError, match=r"is not a saved autoencoder alone \(it has (notes.txt|thesis.tex)\)"):
+            rae.save_pretrained(tmp_path / folder)
     assert (tmp_path / "mine" / "notes.txt").exists()
+    assert (tmp_path / "saved" / "thesis.tex").exists()
+
+
+def test_a_failure_leaves_the_folder_as_it_was(rae, tmp_path, monkeypatch):
+    saved = tmp_path / "saved"
+    rae.save_pretrained(saved)
+    content = {path.name: path.read_bytes() for path in saved.iterdir()}
+    rae.decoder.head.bias.data += 1
+    rename = Path.rename
+
+    def fails(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise OSError("no")
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", fails)
+        with pytest.raises(OSError, match="no"):
+            rae.save_pretrained(saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == content
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+    # what a killed process left behind is in nobody's way
+    for name in (".saved.old", f".saved.{os.getpid()}", f".saved.{os.getpid()}.old"):
+        (tmp_path / name / "old").mkdir(parents=True)
+    rae.save_pretrained(saved)
+    assert torch.equal(RAE.from_pretrained(saved).decoder.head.bias, rae.decoder.head.bias)
+
+
+def test_every_file_is_on_the_disk_before_it_has_its_name(rae, tmp_path, monkeypatch):
+    synced, fsync, rename = set(), rae_folders.fsync, Path.rename
+    monkeypatch.setattr(rae_folders, "fsync", lambda path: (synced.add(path.name), fsync(path)))
+
+    def check(path: Path, target: Path) -> Path:
+        assert synced == {"config.json", "decoder.safetensors", "statistics.safetensors", "new"}
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", check)
+    rae.save_pretrained(tmp_path / "saved")
+    assert tmp_path.name in synced
 
 
 def test_a_run_folder_stands_for_its_newest_checkpoint(rae, tmp_path):
+    (tmp_path / "recipe.yaml").touch()
+    with pytest.raises(ValueError, match="this run has saved nothing yet"):
+        RAE.from_pretrained(tmp_path)
     rae.save_pretrained(tmp_path / "checkpoints" / "000000064" / "model")
+    (tmp_path / "checkpoints" / ".tmp-000000128").mkdir()
+    assert RAE.from_pretrained(tmp_path).latent_identity == rae.latent_identity  # killed before it had a pointer
     (tmp_path / "latest").write_text("000000064\n")
     assert RAE.from_pretrained(tmp_path).latent_identity == rae.latent_identity
+
+
+def test_rounded_models_are_neither_saved_nor_loaded(network, tmp_path):
+    saved = tmp_path / "saved"
+    make(network).save_pretrained(saved)
+    for change, message in (
+        (lambda rae: rae.half(), r"decoder.safetensors cannot be saved: \w+ is torch.float16.*load the model again"),
+        (lambda rae: setattr(rae, "latent_var", rae.latent_var.double()), "var is torch.float64"),
+        (lambda rae: rae.bfloat16().float(), "latent_mean or latent_var have changed"),
+    ):
+        change(rae := make(network))
+        with pytest.raises(ValueError, match=message):
+            rae.save_pretrained(saved)
+    weights = load_file(saved / "statistics.safetensors")
+    save_file(weights | {"mean": weights["mean"].half()}, saved / "statistics.safetensors")
+    config = json.loads((saved / "config.json").read_text())
+    config["files"]["statistics.safetensors"] = rae_folders.sha256(saved / "statistics.safetensors")
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"statistics\.safetensors cannot be loaded: mean is torch\.float16"):
+        RAE.from_pretrained(saved)
 
 
 def test_another_encoder_is_refused(network, rae, tmp_path):

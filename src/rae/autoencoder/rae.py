@@ -5,22 +5,18 @@ images [B,3,H,W] => encoder => tokens [B,N,C] => standardised => latents [B,C,h,
 
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Literal
 
 import torch
 from pydantic import PositiveFloat
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rae.autoencoder.decoder import Decoder, DecoderConfig
 from rae.autoencoder.encoders import Encoder, EncoderConfig, open_encoder
 from rae.autoencoder.latents import EPS, LatentStats, map_to_tokens, standardise, tokens_to_map, unstandardise
-from rae.autoencoder.sources import fetch_hub, source_of
 from rae.config import Config, read_json
+from rae.folders import checksums, find_folder, load_tensors, save_tensors, write_folder
 
 
 class RAEConfig(Config):
@@ -153,31 +149,20 @@ class RAE(nn.Module):
             include_encoder: store the encoder's weights too, so that the folder needs no other source.
 
         Raises:
-            ValueError: the folder exists and is something else.
+            ValueError: the folder exists and is something else; decoder or statistics are not float32, or the
+                statistics are no longer those that it was made with.
         """
-        folder = Path(folder).absolute()
-        if folder.exists() and any(folder.iterdir()) and not (folder / "decoder.safetensors").is_file():
-            raise ValueError(f"{folder} exists and is not a saved autoencoder; give another folder.")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        try:
-            self._write(aside, include_encoder)
-            if folder.exists():
-                old = aside.with_suffix(".old")
-                folder.rename(old)
-                aside.rename(folder)
-                shutil.rmtree(old)
-            else:
-                aside.rename(folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        write_folder(folder, "autoencoder", lambda aside: self._write(aside, include_encoder))
 
     def _write(self, folder: Path, include_encoder: bool) -> None:
-        save_file(self.decoder.state_dict(), folder / "decoder.safetensors")
+        save_tensors(self.decoder.state_dict(), folder / "decoder.safetensors")
         if self.latent_mean is not None:
-            save_file({"mean": self.latent_mean, "var": self.latent_var}, folder / "statistics.safetensors")
+            save_tensors({"mean": self.latent_mean, "var": self.latent_var}, folder / "statistics.safetensors")
+        if self._hash_latent_space() != self.latent_identity:
+            raise ValueError(
+                "latent_mean or latent_var have changed since this autoencoder was made (rounded by .half()?), so its "
+                "latent_identity is no longer true; make it again: RAE(encoder, decoder, (mean, var))."
+            )
         config = RAEConfig(
             kind="autoencoder",
             encoder=self.encoder.config,
@@ -186,7 +171,7 @@ class RAE(nn.Module):
             decoder=self.decoder.config,
             standardised=self.latent_mean is not None,
             latent_eps=self.latent_eps,
-            files={file.name: _sha256(file) for file in sorted(folder.glob("*.safetensors"))},
+            files=checksums(folder),
         )
         if include_encoder:
             self.encoder.save_pretrained(folder / "encoder")
@@ -203,14 +188,15 @@ class RAE(nn.Module):
         Raises:
             ConfigError: a foreign configuration.
             SourceError: not found, or the encoder cannot be had.
-            ValueError: a pickle; weights that are damaged, foreign, or of another encoder.
+            ValueError: a pickle; a run that has saved nothing yet; weights that are damaged, foreign, not float32, or
+                of another encoder.
         """
-        folder = _find(folder_or_hub_id)
+        folder = find_folder(folder_or_hub_id, "an autoencoder")
         config = read_json(RAEConfig, folder / "config.json")
-        decoder_weights = _load(folder, "decoder.safetensors", config)
+        decoder_weights = load_tensors(folder, "decoder.safetensors", config.files)
         stats = None
         if config.standardised:
-            statistics = _load(folder, "statistics.safetensors", config)
+            statistics = load_tensors(folder, "statistics.safetensors", config.files)
             stats = statistics["mean"], statistics["var"]
         with torch.device("meta"):
             decoder = Decoder(config.decoder)
@@ -240,20 +226,6 @@ class RAE(nn.Module):
         return digest.hexdigest()
 
 
-def _find(folder_or_hub_id: str | Path) -> Path:
-    path = Path(folder_or_hub_id).expanduser()
-    if path.is_file() or path.suffix in {".pt", ".pth", ".bin", ".ckpt"}:
-        raise ValueError(
-            f"{path} is a file; an autoencoder is a folder. Pickles (.pt, .pth, .bin) are not loaded: `rae convert` "
-            "makes a folder of one by the authors that you trust."
-        )
-    kind, _, name = source_of(folder_or_hub_id).partition(":")
-    folder = fetch_hub(name, ["config.json", "*.safetensors", "encoder/*"]) if kind == "hub" else Path(name)
-    if (folder / "latest").is_file():
-        return folder / "checkpoints" / (folder / "latest").read_text().strip() / "model"
-    return folder
-
-
 def _check_encoder(encoder: Encoder, config: RAEConfig, folder: Path) -> None:
     wanted, found = (c.model_dump(exclude={"name", "source"}) for c in (config.encoder, encoder.config))
     different = [f"{key} {found[key]}, not {wanted[key]}" for key in wanted if found[key] != wanted[key]]
@@ -265,21 +237,3 @@ def _check_encoder(encoder: Encoder, config: RAEConfig, folder: Path) -> None:
             f"{encoder.checksum()[:12]}..., but {folder} was made with {config.encoder_checksum[:12]}...: its latents "
             "would mean something else. Pass the right one: RAE.from_pretrained(folder, encoder=load_encoder(...))."
         )
-
-
-def _load(folder: Path, name: str, config: RAEConfig) -> dict[str, Tensor]:
-    path = folder / name
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; the folder was copied in part, copy it whole.")
-    found, wanted = _sha256(path), config.files.get(name)
-    if found != wanted:
-        raise ValueError(f"{path} is damaged or was changed: its SHA-256 is {found}, config.json says {wanted}.")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -130,7 +130,7 @@ class DiTDHConfig(DiTConfig):
 
 def sincos_table(grid: tuple[int, int], width: int) -> Tensor:
     """Position table [h w, width]: sin, cos of column 10000^(-j/(width/4)) in the first half, of row in the second."""
-    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    frequencies = 10000.0 ** (-_arange(width // 4) / (width // 4))
     row, column = _positions(grid)
     angles = [position[:, None] * frequencies for position in (column, row)]
     return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float()
@@ -138,14 +138,18 @@ def sincos_table(grid: tuple[int, int], width: int) -> Tensor:
 
 def rotary_angles(grid: tuple[int, int], head_dim: int) -> Tensor:
     """Angles [h w, head_dim / 2] of the axial rotary embedding: row 10000^(-2j/(head_dim/2)), then column."""
-    frequencies = 10000.0 ** (-torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 4))
+    frequencies = 10000.0 ** (-_arange(head_dim // 4) / (head_dim // 4))
     return torch.cat([position[:, None] * frequencies for position in _positions(grid)], dim=1)
 
 
 def _positions(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     h, w = grid
-    tokens = torch.arange(h * w, dtype=torch.float64)
+    tokens = _arange(h * w)
     return tokens.div(w, rounding_mode="floor"), tokens.remainder(w)
+
+
+def _arange(count: int) -> Tensor:
+    return torch.arange(count, dtype=torch.float64, device="cpu")  # not every device has float64
 
 
 def patchify(x: Tensor, p: int) -> Tensor:
@@ -290,7 +294,7 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         self.embed = Linear(config.token_dim, config.width)
-        self.position = nn.Parameter(sincos_table(config.token_grid, config.width))
+        self.position = nn.Parameter(sincos_table(config.token_grid, config.width).to(self.embed.weight.device))
         self.time = TimeEmbedding(config.width)
         self.labels = nn.Embedding(config.num_classes + 1, config.width)
         self.blocks = _blocks(config.depth, config.width, config.heads, config)
@@ -364,7 +368,8 @@ class DiT(nn.Module):
     def _rotary(self, head_dim: int) -> Tensor:
         """(cos, sin) of the rotary angles [N, 1 (head), head_dim/2, 2], real: buffers are cast with their module."""
         angles = rotary_angles(self.config.token_grid, head_dim)[:, None]
-        return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
+        table, device = torch.stack([angles.cos(), angles.sin()], dim=-1).float(), self.embed.weight.device
+        return table if device.type == "meta" else table.to(device)  # weights take meta's place, but no file holds this
 
     def _check(self, x: Tensor) -> None:
         expected = (self.config.in_channels, *self.config.grid)

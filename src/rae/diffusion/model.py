@@ -4,33 +4,37 @@ import difflib
 import operator
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pydantic
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rae.config import Config, read_json
 from rae.diffusion.dit import DiTConfig, DiTDHConfig, build
 from rae.diffusion.flow import Flow
+from rae.folders import checksums, find_folder, load_tensors, save_tensors, write_folder
+
+WEIGHTS = "model.safetensors"
 
 
 class DiffusionModelConfig(Config):
-    """The `config.json` of a saved model.
+    """What a model is, apart from its weights.
 
     Attributes:
         network: a DiT or DiT-DH, told apart by its `kind`.
         flow: prediction, training times, shift.
         latent_identity: checksum of the latent space it was trained in (`RAE.latent_identity`); None if unknown.
         class_names: one per class, or None.
+        drop_labels: how often the null label took a label's place in training; at 0 it was never trained, and images
+            of no class cannot be had. None if unknown.
     """
 
     network: Annotated[DiTConfig | DiTDHConfig, pydantic.Field(discriminator="kind")]
     flow: Flow
     latent_identity: str | None = None
     class_names: tuple[str, ...] | None = None
+    drop_labels: float | None = pydantic.Field(None, ge=0, le=1)
 
     @pydantic.model_validator(mode="after")
     def _fits(self):
@@ -38,6 +42,13 @@ class DiffusionModelConfig(Config):
         if names is not None and len(names) != classes:
             raise ValueError(f"{len(names)} class names for {classes} classes; give one each, or none.")
         return self
+
+
+class _SavedConfig(DiffusionModelConfig):
+    """The `config.json` of a saved model; `files` is the SHA-256 of each safetensors file."""
+
+    kind: Literal["diffusion model"]
+    files: dict[str, str]
 
 
 class DiffusionModel(nn.Module):
@@ -130,30 +141,43 @@ class DiffusionModel(nn.Module):
             )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into `folder`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.network.state_dict(), folder / "model.safetensors")
-        (folder / "config.json").write_text(self.config.model_dump_json(indent=2) + "\n")
+        """Write `config.json` and `model.safetensors`: aside first, then renamed.
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> "DiffusionModel":
-        """Load what `save_pretrained` wrote. A run folder of `rae train-dit` stands for its newest checkpoint.
+        Args:
+            folder: replaced if it is a diffusion model saved before.
 
         Raises:
-            ConfigError: not such a folder.
-            ValueError: a file instead of a folder; weights that are damaged or do not fit the configuration.
+            ValueError: the folder exists and is something else; the weights are not float32.
         """
-        folder = Path(folder)
-        if folder.is_file():
-            raise ValueError(
-                f"{folder} is a file; a diffusion model is a folder. `rae convert` makes one of the authors' files."
-            )
-        if (folder / "latest").is_file():
-            folder = folder / "checkpoints" / (folder / "latest").read_text().strip() / "model"
-        model = cls(read_json(DiffusionModelConfig, folder / "config.json"), dtype=dtype)
+        write_folder(folder, "diffusion model", self._write)
+
+    def _write(self, folder: Path) -> None:
+        save_tensors(self.network.state_dict(), folder / WEIGHTS)
+        config = _SavedConfig(kind="diffusion model", files=checksums(folder), **dict(self.config))
+        (folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_id: str | Path, *, dtype: torch.dtype = torch.float32) -> "DiffusionModel":
+        """Load what `save_pretrained` wrote.
+
+        Args:
+            folder_or_hub_id: such a folder; a run folder of `rae train-dit` (its newest checkpoint); or a hub id.
+            dtype: see the class.
+
+        Raises:
+            ConfigError: a foreign configuration.
+            SourceError: not found.
+            ValueError: a file instead of a folder; a run that has saved nothing yet; weights that are damaged, not
+                float32, or do not fit the configuration.
+        """
+        folder = find_folder(folder_or_hub_id, "a diffusion model")
+        saved = read_json(_SavedConfig, folder / "config.json")
+        weights = load_tensors(folder, WEIGHTS, saved.files)
+        config = DiffusionModelConfig(**{name: getattr(saved, name) for name in DiffusionModelConfig.model_fields})
+        with torch.device("meta"):
+            model = cls(config, dtype=dtype)
         try:
-            model.network.load_state_dict(load_file(folder / "model.safetensors"))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{folder / 'model.safetensors'} cannot be loaded: {error}") from error
+            model.network.load_state_dict(weights, assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"{folder / WEIGHTS} does not fit its config.json: {error}") from error
         return model.requires_grad_(False)

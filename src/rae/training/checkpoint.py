@@ -11,7 +11,6 @@ A folder without the prefix `.tmp-` is complete, because the rename is the last 
 be killed at any instruction; the next start goes on from the newest folder.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,6 +21,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from rae.folders import checkpoints, fsync, fsync_all, sha256
 
 # What one step leaves behind for every parameter; more or less than this in a file is an error.
 _STATE = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
@@ -50,10 +51,9 @@ def save_checkpoint(run: Path, images: int, write: Callable[[Path], None], keep:
         aside.mkdir(parents=True)
         write(aside)
         (aside / "manifest.json").write_text(json.dumps(_manifest(aside), indent=1))
-        for path in (*aside.rglob("*"), aside):
-            _fsync(path)
+        fsync_all(aside)
         os.rename(aside, final)
-        _fsync(parent)
+        fsync(parent)
         _point(run, final.name)
         for old in checkpoints(run)[:-keep]:
             _remove(old)
@@ -87,11 +87,6 @@ def newest_checkpoint(run: Path) -> Path | None:
         raise CheckpointError(f"{damage}\nRemove the damaged checkpoint {remedy}: rm -r {found[-1]}")
     _point(run, found[-1].name)  # a run killed between rename and pointer
     return found[-1]
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """All complete checkpoints of a run, oldest first."""
-    return sorted((path for path in (run / "checkpoints").glob("[0-9]*")), key=lambda path: int(path.name))
 
 
 def find_damage(checkpoint: Path) -> str | None:
@@ -187,8 +182,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _compare(wanted: dict[str, Any] | None, found: dict[str, Any] | None) -> str | None:
@@ -204,9 +198,9 @@ def _compare(wanted: dict[str, Any] | None, found: dict[str, Any] | None) -> str
 def _point(run: Path, name: str) -> None:
     aside = run / ".tmp-latest"
     aside.write_text(name + "\n")
-    _fsync(aside)
+    fsync(aside)
     os.replace(aside, run / "latest")
-    _fsync(run)
+    fsync(run)
 
 
 def _remove(folder: Path) -> None:
@@ -214,11 +208,3 @@ def _remove(folder: Path) -> None:
     if folder.exists():
         doomed = folder if folder.name.startswith(".tmp-") else folder.rename(folder.with_name(f".tmp-{folder.name}"))
         shutil.rmtree(doomed)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

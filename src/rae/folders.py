@@ -1,0 +1,166 @@
+"""Saved models are folders: written whole or not at all, found by path, run or hub id, loaded only if undamaged.
+
+    config.json      what the model is: its `kind`, its own settings, and in `files` the SHA-256 of each weight file
+    *.safetensors    weights, float32
+
+`RAE` and `DiffusionModel` say what is in theirs.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rae.autoencoder.sources import fetch_hub, source_of
+
+
+def find_folder(folder_or_hub_id: str | Path, what: str) -> Path:
+    """The folder that holds a model: the one given, a run's newest checkpoint, or what a hub id stands for.
+
+    Args:
+        folder_or_hub_id: `~` is expanded.
+        what: to call the model in an error, with its article.
+
+    Raises:
+        ValueError: a file; or a run that has saved nothing yet.
+        SourceError: neither an existing folder nor a hub id, or not to be had from the hub.
+    """
+    path = Path(folder_or_hub_id).expanduser()
+    if path.is_file() or (path.suffix in {".pt", ".pth", ".bin", ".ckpt"} and not path.is_dir()):
+        raise ValueError(
+            f"{path} is a file; {what} is a folder. Pickles (.pt, .pth, .bin) are not loaded: `rae convert` "
+            "makes a folder of one by the authors that you trust."
+        )
+    kind, _, name = source_of(folder_or_hub_id).partition(":")
+    if kind == "hub":
+        return fetch_hub(name, ["config.json", "*.safetensors", "encoder/*"])
+    folder = Path(name)
+    if (folder / "latest").is_file():
+        return folder / "checkpoints" / (folder / "latest").read_text().strip() / "model"
+    if (folder / "recipe.yaml").is_file():  # a run, killed before its first checkpoint had a pointer
+        if not (found := checkpoints(folder)):
+            raise ValueError(f"{folder}: this run has saved nothing yet; let it reach its first checkpoint.")
+        return found[-1] / "model"
+    return folder
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """All complete checkpoints of a run, oldest first; they are named by images seen."""
+    found = (path for path in run.glob("checkpoints/*") if path.name.isdecimal())
+    return sorted(found, key=lambda path: int(path.name))
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file of float32 tensors; ValueError names one of another type."""
+    _check_types(tensors, f"{path.name} cannot be saved", "load the model again in float32")
+    save_file(dict(tensors), path)
+
+
+def load_tensors(folder: Path, name: str, files: Mapping[str, str]) -> dict[str, Tensor]:
+    """Read `folder`/`name`, whose SHA-256 must be `files[name]`.
+
+    Raises:
+        ValueError: missing, damaged or changed since it was saved, not safetensors, or not float32.
+    """
+    path = folder / name
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; the folder was copied in part, copy it whole.")
+    found, wanted = sha256(path), files.get(name)
+    if found != wanted:
+        raise ValueError(f"{path} is damaged or was changed: its SHA-256 is {found}, config.json says {wanted}.")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    _check_types(tensors, f"{path} cannot be loaded", "save it from a model in float32")
+    return tensors
+
+
+def _check_types(tensors: Mapping[str, Tensor], what: str, remedy: str) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{what}: {name} is {tensor.dtype}, saved models are torch.float32; {remedy}.")
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of each safetensors file in a folder, by its name."""
+    return {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_folder(folder: str | Path, kind: str, write: Callable[[Path], None]) -> None:
+    """Write a model's folder aside, bring it to the disk, and rename it.
+
+    Args:
+        folder: made if it does not exist; replaced if it is a model of the same kind, and nothing else is in it.
+        kind: "autoencoder" or "diffusion model", as `write` puts it into config.json.
+        write: puts the files into the folder that it is given.
+
+    Raises:
+        ValueError: the folder is something else. It is left as it is, and so is the old model if anything fails.
+    """
+    folder = Path(folder).expanduser().resolve()
+    _check_replaceable(folder, kind)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.{os.getpid()}-", dir=folder.parent))
+    new, old = aside / "new", aside / "old"
+    try:
+        new.mkdir()
+        write(new)
+        fsync_all(new)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        fsync(folder.parent)
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check_replaceable(folder: Path, kind: str) -> None:
+    if not folder.exists():
+        return
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    try:
+        saved = json.loads((folder / "config.json").read_text())
+        known = {"config.json", "encoder", *saved["files"]} if saved["kind"] == kind else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        known = set()
+    if strange := sorted(there - known):
+        raise ValueError(
+            f"{folder} exists and is not a saved {kind} alone (it has {', '.join(strange[:3])}); give another folder."
+        )
+
+
+def fsync_all(folder: Path) -> None:
+    """Bring a folder and everything in it to the disk."""
+    for path in (*folder.rglob("*"), folder):
+        fsync(path)
+
+
+def fsync(path: Path) -> None:
+    """Bring a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
