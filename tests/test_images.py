@@ -1,5 +1,8 @@
 """Images: ADM's crop bit for bit, an exact order, views that depend on (seed, position) alone, clear errors."""
 
+import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rae.config import ConfigError, load_recipe
+from rae.config import ConfigError, load_recipe, parse
 from rae.data.images import (
     DataConfig,
     ImageError,
@@ -19,6 +22,7 @@ from rae.data.images import (
     open_split,
     random_crop,
     read_image,
+    readable,
     to_bytes,
     to_unit,
 )
@@ -107,6 +111,53 @@ def test_unusable_folders(tmp_path, make, message):
         Image.fromarray(picture(8, 8)).save(tmp_path / name)
     with pytest.raises(ImageError, match=message):
         open_images(make(tmp_path))
+
+
+def test_links_in_circles_are_read_once(folder):
+    (folder / "a/up").symlink_to(folder)
+    (folder / "a/again").symlink_to(folder / "a")
+    (folder / "b/a").symlink_to(folder / "a")
+    images = open_images(folder)
+    assert [Path(name).relative_to(folder).as_posix() for name in images.names if "/b/" not in name] == [
+        "a/0.png",
+        "a/1.webp",
+    ]
+    assert sum("/b/a/" in name for name in images.names) == 2  # another class may link to the same images
+    assert len(images) == 7
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".AVIF", ".heic", ".jfif"])
+def test_a_class_of_unread_files_is_named(folder, suffix):
+    (folder / "c").mkdir()
+    (folder / f"c/photo{suffix}").touch()
+    with pytest.raises(ImageError, match=rf"c would be a class, .*: photo{suffix}, for one\. Convert them"):
+        open_images(folder)
+    Image.fromarray(picture(8, 8)).save(folder / "c/0.png")
+    assert open_images(folder).class_names == ["a", "b", "c"]
+
+
+def test_names_need_not_be_utf8(tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    Image.fromarray(picture(8, 8)).save(tmp_path / name)
+    images = open_images(tmp_path)
+    assert images.names == [str(tmp_path / name)]
+    np.testing.assert_array_equal(images[0][0], picture(8, 8))
+    (tmp_path / name).rename(tmp_path / "cafe.png")
+    assert open_images(tmp_path).identity != images.identity
+
+
+@pytest.mark.parametrize("name", ["digits", "photographs"])
+def test_a_name_that_means_two_things_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    Image.fromarray(picture(8, 8)).save(tmp_path / name / "0.png")
+    with pytest.raises(ImageError, match=rf"write \./{name} for the folder"):
+        open_images(name)
+    assert len(open_images(f"./{name}")) == 1
+    (tmp_path / name / "recipe.yaml").touch()  # `--out digits`: the same command again goes on
+    assert len(open_images(name)) > 1
+    with pytest.raises(ImageError, match=r"write \. for the folder"):
+        open_images("")
 
 
 # --- crops
@@ -200,11 +251,14 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-500])
 
 
-def test_broken_image_is_named(folder):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_image_is_named(folder, workers):
     truncate(folder / "b/2.jpg")
-    stream = Stream(open_images(folder), DataConfig(source=str(folder)), (24, 24), seed=0)
-    with pytest.raises(ImageError, match=r"b/2\.jpg: cannot be decoded \(.*truncated.*data\.on_broken: skip"):
-        [stream[p] for p in range(5)]
+    config = DataConfig(source=str(folder), workers=workers)
+    stream = Stream(open_images(folder), config, (24, 24), seed=0)
+    message = r"^[^\n]*b/2\.jpg: cannot be decoded \([^\n]*truncated[^\n]*data\.on_broken: skip\.$"
+    with pytest.raises(ImageError, match=message):
+        list(loader(stream, [range(5)], config))
 
 
 def test_broken_image_is_replaced_by_the_next_one_every_time(folder):
@@ -217,6 +271,20 @@ def test_broken_image_is_replaced_by_the_next_one_every_time(folder):
         path.write_bytes(b"nothing")
     with pytest.raises(ImageError, match="none of the 5 images"):
         views[0]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_broken_images_are_left_out_by_name(folder, batch):
+    truncate(folder / "b/2.jpg")
+    images, left_out = open_images(folder), []
+    config = DataConfig(source=str(folder), on_broken="skip")
+    parts = list(readable(images, config, (24, 24), range(1, 5), batch=batch, left_out=left_out.append))
+    assert torch.cat([part["index"] for part in parts]).tolist() == [1, 2, 4]
+    assert torch.cat([part["label"] for part in parts]).tolist() == [0, 1, 1]
+    assert max(len(part["image"]) for part in parts) <= batch
+    views = Views(images, config, (24, 24))
+    assert torch.equal(torch.cat([p["image"] for p in parts]), torch.stack([views[i]["image"] for i in (1, 2, 4)]))
+    assert left_out == [str(folder / "b/2.jpg")]
 
 
 def test_small_images_are_enlarged_only_when_asked(folder):
@@ -235,11 +303,62 @@ def test_files_that_are_not_8_bit_colour(tmp_path):
     assert (read_image(tmp_path / "grey.png") == np.arange(64, dtype=np.uint8).reshape(8, 8, 1)).all()
 
 
+def png(pixels: np.ndarray) -> bytes:
+    """A colour PNG of 16 bits a channel, which Pillow cannot write."""
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0),
+        b"IDAT": zlib.compress(rows),
+        b"IEND": b"",
+    }
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks.items()
+    )
+
+
+def test_16_bit_colour_is_refused(tmp_path):
+    (tmp_path / "deep.png").write_bytes(png(np.full((4, 4, 3), 300)))
+    with Image.open(tmp_path / "deep.png") as opened:
+        assert opened.mode == "RGB"  # which says 8 bits
+    with pytest.raises(ImageError, match="more than 8 bits a channel"):
+        read_image(tmp_path / "deep.png")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_transparent_pixels_are_white(tmp_path, mode):
+    pixels = picture(8, 8)
+    alpha = np.where(np.arange(64).reshape(8, 8, 1) % 2, 255, 0).astype(np.uint8)
+    if mode == "P":  # colour 0 is transparent
+        image = Image.fromarray(pixels[..., 0], "L").convert("P")
+        image.save(tmp_path / "x.png", transparency=0)
+        opaque, alpha = np.asarray(image.convert("RGB")), 255 * (np.asarray(image)[..., None] > 0)
+    elif mode == "RGB":  # one colour is
+        Image.fromarray(pixels).save(tmp_path / "x.png", transparency=tuple(pixels[2, 3].tolist()))
+        opaque, alpha = pixels, 255 * (pixels != pixels[2, 3]).any(axis=-1, keepdims=True)
+    else:
+        colour = pixels[..., :1] if mode == "LA" else pixels
+        Image.fromarray(np.concatenate([colour, alpha], axis=2)).save(tmp_path / "x.png")
+        opaque = np.broadcast_to(colour, pixels.shape)
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png"), np.where(alpha, opaque, 255))
+
+
+def test_half_transparent_pixels_are_mixed_with_white(tmp_path):
+    Image.fromarray(np.full((4, 4, 4), (200, 100, 0, 51), dtype=np.uint8)).save(tmp_path / "x.png")
+    assert read_image(tmp_path / "x.png")[0, 0].tolist() == [244, 224, 204]  # 255 + (x - 255) / 5
+
+
 def test_camera_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its side
     Image.fromarray(picture(10, 20)).save(tmp_path / "side.png", exif=exif)
     np.testing.assert_array_equal(read_image(tmp_path / "side.png"), np.rot90(picture(10, 20), -1))
+
+
+def test_fewer_than_no_workers_are_refused():
+    with pytest.raises(ConfigError, match="workers: Input should be greater than or equal to 0"):
+        parse(DataConfig, {"source": "digits", "workers": -1}, "recipe")
 
 
 def test_misspelt_key_names_the_nearest(tmp_path):

@@ -8,6 +8,8 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +17,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from pydantic import NonNegativeInt
 
 from rae.config import Config
 from rae.data.order import crop_draws, epoch_order, image_index, mirrored
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+OTHER_SUFFIXES = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl")  # images as well, and not read
 # Colour photographs that lie inside the scikit-image package itself; the others would be downloaded.
 PHOTOGRAPHS = (
     ("astronaut", "astronaut.png"),
@@ -46,7 +50,7 @@ class DataConfig(Config):
     flip: bool = False  # mirror every second image, at random
     enlarge: bool = False  # allow images smaller than asked for (bicubic)
     on_broken: Literal["error", "skip"] = "error"  # "skip" takes the next readable image and reports the name
-    workers: int = 0  # processes that decode ahead of training; 0 decodes in between
+    workers: NonNegativeInt = 0  # processes that decode ahead of training; 0 decodes in between
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +83,17 @@ def open_images(source: str | Path) -> Images:
             none. Hidden files and files that are not images by name are left alone.
 
     Raises:
-        ImageError: no such folder, an empty one, or one with images both in it and in sub-folders.
+        ImageError: no such folder, an empty one, one with images both in it and in sub-folders, a class whose images
+            are all of a kind that is not read, or a name that means a folder as well.
     """
+    if source == "":
+        raise ImageError("the source of the images is empty; write . for the folder that you are in.")
+    # A folder with a recipe in it is a run of that name, which training goes on with.
+    if source in ("digits", "photographs") and os.path.isdir(source) and not os.path.exists(f"{source}/recipe.yaml"):
+        raise ImageError(
+            f"{source} means images that travel inside a package, and there is a folder {source} here: write "
+            f"./{source} for the folder; rename it, or go elsewhere, for the package's."
+        )
     if source == "digits":
         return _open_digits()
     if source == "photographs":
@@ -238,19 +251,24 @@ def read(images: Images, index: int, on_broken: str) -> tuple[int, np.ndarray, i
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Decode one file to uint8 [H, W, 3], upright (the camera's orientation tag is applied).
+    """Decode one file to uint8 [H, W, 3], upright (the camera's orientation tag is applied), transparency on white.
 
     Raises:
         ImageError: not an image, cut short, or with more than 8 bits a channel.
     """
     try:
         with Image.open(path) as picture:
-            if picture.mode.startswith(("I", "F")):
+            # Pillow has no mode for 16-bit colour: it reads raw "RGB;16B", for one, as 8 bits.
+            if picture.mode.startswith(("I", "F")) or re.search(r";16[A-Z]", repr(picture.tile)):
                 raise ImageError(f"{path}: more than 8 bits a channel (Pillow mode {picture.mode}); convert it to 8.")
-            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+            picture = ImageOps.exif_transpose(picture)
+            if picture.has_transparency_data:
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture.convert("RGBA"))
+            return np.asarray(picture.convert("RGB"))
     except FileNotFoundError as error:
         raise ImageError(f"{path}: gone since the folder was listed.") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, TypeError, ValueError, struct.error, Image.DecompressionBombError) as error:
         if isinstance(error, ImageError):
             raise
         raise ImageError(
@@ -258,17 +276,61 @@ def read_image(path: str | Path) -> np.ndarray:
         ) from error
 
 
+class _Batches(torch.utils.data.Dataset):
+    """Indices or positions -> the batch, or the ImageError, which a worker would turn into the text of a traceback."""
+
+    def __init__(self, dataset: Views) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, indices: Sequence[int]) -> dict[str, Any] | ImageError:
+        try:
+            return torch.utils.data.default_collate([self.dataset[index] for index in indices])
+        except ImageError as error:
+            return error
+
+
 def loader(
     dataset: Views, batches: Iterator[range] | Sequence[range], config: DataConfig
-) -> torch.utils.data.DataLoader:
+) -> Iterator[dict[str, torch.Tensor]]:
     """Batches of `dataset` at the given ranges of indices or positions, decoded by `config.workers` processes."""
-    return torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=batches,
+    for batch in torch.utils.data.DataLoader(
+        _Batches(dataset),
+        sampler=batches,
+        batch_size=None,
         num_workers=config.workers,
         worker_init_fn=_leave_signals_to_the_parent,
         pin_memory=torch.cuda.is_available(),
-    )
+    ):
+        if isinstance(batch, ImageError):
+            raise batch
+        yield batch
+
+
+def readable(
+    images: Images,
+    config: DataConfig,
+    size: tuple[int, int],
+    indices: range,
+    *,
+    batch: int,
+    left_out: Callable[[str], object],
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Centre crops of the images at `indices` in batches, as of `Views`, and none in the place of a broken one.
+
+    Args:
+        images, config, size: as for `Views`.
+        indices: of the images to read.
+        batch: images at a time; fewer where one is broken.
+        left_out: is told the name of every image that cannot be read, where `config.on_broken` is "skip".
+    """
+    chunks = [indices[start : start + batch] for start in range(0, len(indices), batch)]
+    for chunk, items in zip(chunks, loader(Views(images, config, size), chunks, config)):
+        wanted = torch.tensor(chunk)
+        own = items["index"] == wanted
+        for index in wanted[~own].tolist():
+            left_out(images.names[index])
+        if own.any():
+            yield {name: column[own] for name, column in items.items()}
 
 
 def to_tensor(image: np.ndarray) -> torch.Tensor:
@@ -308,16 +370,21 @@ def _open_folder(root: Path) -> Images:
         known = "Give a folder of images, digits or photographs."
         raise ImageError(f"{root}: no such folder of images. {known}")
     flat = sorted(name for name in os.listdir(root) if _is_image(root / name))
-    classes = {
-        folder.name: files
-        for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-        if (files := sorted(str(file.relative_to(root)) for file in _walk(folder)))
-    }
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    found = {folder: sorted(str(file.relative_to(root)) for file in _walk(folder, root)) for folder in folders}
+    classes = {folder.name: files for folder, files in found.items() if files}
     if flat and classes:
         raise ImageError(
             f"{root} holds {len(flat)} images and also {len(classes)} folders of images ({', '.join(classes)[:80]}): "
             "move all images into folders, one for each class, or all into one folder without classes."
         )
+    for folder, files in found.items():
+        other = None if files or flat else next(_walk(folder, root, OTHER_SUFFIXES), None)
+        if other:
+            raise ImageError(
+                f"{folder} would be a class, but of its images none is of a kind that is read ({', '.join(SUFFIXES)}): "
+                f"{other.name}, for one. Convert them, or move the folder away."
+            )
     if not flat and not classes:
         raise ImageError(f"{root} holds no images ({', '.join(SUFFIXES)}).")
     if flat:
@@ -326,13 +393,21 @@ def _open_folder(root: Path) -> Images:
     return _from_files(root, [file for files in classes.values() for file in files], labels, list(classes))
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for parent, _, names in os.walk(folder, followlinks=True):
-        yield from (path for name in names if _is_image(path := Path(parent, name)))
+def _walk(folder: Path, root: Path, suffixes: Sequence[str] = SUFFIXES) -> Iterator[Path]:
+    """The images below a class's folder; a folder that links lead to in several ways, or in circles, is read once."""
+    seen = {os.path.realpath(root)}
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()  # the first way to it, in every run
+        yield from (path for name in names if _is_image(path := Path(parent, name), suffixes))
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+def _is_image(path: Path, suffixes: Sequence[str] = SUFFIXES) -> bool:
+    return path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
 
 
 def _from_files(root: Path, files: list[str], labels: list[int], class_names: list[str] | None) -> Images:
@@ -354,7 +429,7 @@ def _read_subset(read: Callable[[int], np.ndarray], indices: Sequence[int], inde
 
 
 def _digest(lines: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def _package(module: str, name: str) -> str:
