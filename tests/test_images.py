@@ -307,11 +307,8 @@ def png(pixels: np.ndarray) -> bytes:
     """A colour PNG of 16 bits a channel, which Pillow cannot write."""
     height, width, _ = pixels.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    chunks = {
-        b"IHDR": struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0),
-        b"IDAT": zlib.compress(rows),
-        b"IEND": b"",
-    }
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    chunks = {b"IHDR": header, b"IDAT": zlib.compress(rows), b"IEND": b""}
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         for name, data in chunks.items()
@@ -329,6 +326,7 @@ def test_16_bit_colour_is_refused(tmp_path):
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
 def test_transparent_pixels_are_white(tmp_path, mode):
     pixels = picture(8, 8)
+    pixels[0, 0] = 0
     alpha = np.where(np.arange(64).reshape(8, 8, 1) % 2, 255, 0).astype(np.uint8)
     if mode == "P":  # colour 0 is transparent
         image = Image.fromarray(pixels[..., 0], "L").convert("P")
