@@ -1,6 +1,9 @@
 """What a person may get wrong, at the command line: one clear message, exit status 2, and nothing is lost."""
 
 import contextlib
+import errno
+import hashlib
+import json
 import os
 import pickle
 import resource
@@ -10,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +24,9 @@ from safetensors.torch import load_file, save_file
 
 from rae import RAE, DiffusionModel
 from rae.cli import rae
+from rae.processes import process_state
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def make_images(folder: Path, count: int = 4, size: int = 16) -> Path:
@@ -116,12 +123,22 @@ def test_weights_of_other_shapes(runs, refused, tmp_path):
     name = next(name for name in tensors if name.endswith("final.linear.weight"))
     tensors[name] = tensors[name][:-1].contiguous()
     save_file(tensors, tmp_path / "dit/model.safetensors")
+    set_checksum(tmp_path / "dit/model.safetensors")
     command = ["sample", tmp_path / "dit", "--autoencoder", runs / "decoder", "--out", tmp_path / "out"]
     output = refused(*command)
-    assert "model.safetensors cannot be loaded" in output
+    assert "model.safetensors does not fit its config.json" in output
     assert f"size mismatch for {name}" in output
     (tmp_path / "dit/model.safetensors").write_bytes(b"half")
-    assert "model.safetensors cannot be loaded" in refused(*command)
+    assert "model.safetensors is damaged or was changed" in refused(*command)
+    set_checksum(tmp_path / "dit/model.safetensors")
+    assert "model.safetensors is not a readable safetensors file" in refused(*command)
+
+
+def set_checksum(file: Path) -> None:
+    """Let config.json say that the file is as it was saved."""
+    config = json.loads((file.parent / "config.json").read_text())
+    config["files"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (file.parent / "config.json").write_text(json.dumps(config))
 
 
 def test_foreign_folders(runs, refused, tmp_path):
@@ -172,19 +189,83 @@ def test_encoder_that_cannot_be_reached(tmp_path):
     ("options", "message"),
     [
         (["--labels", "seven"], "class 'seven' is not among the 10 of this model; it knows 0, 1, 2"),
-        (["--labels", "10"], "class 10: this model has 10 classes, 0..9"),
+        (["--labels", "10"], "class '10' is not among the 10 of this model; did you mean '1'?"),
         (["--cfg", 2, "--interval", 0.9, 0.1], "it must satisfy 0 <= t_min < t_max <= 1"),
         (["--interval", 0.1, 0.9], "without them it has no effect"),
         (["--num", 3, "--per-class", 2], "exclude each other"),
         (["--steps", 1], "1 steps are too few for the grid 'points'"),
         (["--sampler", "euler-maruyama", "--grid", "calls"], "takes the grid 'points' only"),
-        (["--autoguidance", "nowhere", 1.5], "nowhere/config.json is missing"),
+        (["--autoguidance", "nowhere", 1.5], "'nowhere' is neither an existing folder, nor a hub id"),
         (["--seed", 2**32], "seeds are integers in 0 .. 2^32 - 1"),
     ],
 )
 def test_impossible_samples(runs, refused, tmp_path, options, message):
     assert message in refused("sample", runs / "dit", *options, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_where_names_are_numbers_a_class_has_no_other_name(runs, refused, tmp_path):
+    shutil.copytree(runs / "dit/checkpoints/000000048/model", tmp_path / "dit")
+    path = tmp_path / "dit/config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"class_names": [f"{10 * i}" for i in range(1, 10)] + ["other"]}))
+    command = ["sample", tmp_path / "dit", "--autoencoder", runs / "decoder", "--out", tmp_path / "out", "--labels"]
+    assert "class '1' is not among the 10" in refused(*command, "1")
+
+
+def test_an_autoencoder_that_lies_elsewhere_is_not_taken_for_one_of_the_hub(runs, run, refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    (tmp_path / "here/runs").mkdir(parents=True)
+    (tmp_path / "here/runs/x").symlink_to(runs / "decoder")
+    shutil.copytree(runs / "dit", tmp_path / "dit")
+    recipe = tmp_path / "dit/recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(runs / "decoder"), "runs/x"))
+    command = ["sample", tmp_path / "dit", "--num", 1, "--steps", 2, "--out", tmp_path / "out"]
+    monkeypatch.chdir(tmp_path)
+    output = refused(*command)
+    assert f"{tmp_path / 'dit'} was trained with autoencoder 'runs/x', which is not here" in output
+    assert "or give --autoencoder" in output
+    monkeypatch.chdir(tmp_path / "here")
+    run(*command)
+
+
+def test_damaged_samples(runs, run, refused, tmp_path):
+    command = ["sample", runs / "dit", "--num", 2, "--steps", 2, "--out", tmp_path / "out"]
+    run(*command)
+    picture, protocol = tmp_path / "out/000001.png", tmp_path / "out/samples.json"
+    whole = picture.read_bytes()
+    picture.write_bytes(b"")
+    assert f"{picture} is damaged (it is empty); delete it and run the same command again" in refused(*command)
+    picture.write_bytes(whole[:100])
+    assert f"{picture} is damaged" in refused(*command, "--npz", tmp_path / "samples.npz")
+    picture.unlink()
+    run(*command, "--npz", tmp_path / "samples.npz")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "samples.npz"]
+    for damaged in ("", "{", "[1]"):
+        protocol.write_text(damaged)
+        assert f"{protocol} is damaged" in refused(*command)
+
+
+@pytest.mark.parametrize("command", ["sample", "stats"])
+def test_files_that_cannot_be_written_are_found_before_the_work(runs, refused, tmp_path, monkeypatch, command):
+    arguments = {
+        "sample": ["sample", runs / "dit", "--num", 2, "--out", tmp_path / "out", "--npz"],
+        "stats": ["stats", runs / "encoder", "digits", "--image-size", 16, "--enlarge", "--out"],
+    }[command]
+    monkeypatch.setattr(DiffusionModel, "from_pretrained", None)
+    monkeypatch.setattr("rae.commands.stats.load_encoder", None)
+    assert f"{tmp_path} is a folder; give the name of a file" in refused(*arguments, tmp_path)
+    (tmp_path / "file").touch()
+    assert "Not a directory" in refused(*arguments, tmp_path / "file/below/x")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert f"{tmp_path} cannot be written to" in refused(*arguments, tmp_path / "x")
+
+
+def test_samples_are_not_begun_where_their_npz_has_no_room(runs, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4 * 3 * 16 * 16 - 1))
+    command = ["sample", runs / "dit", "--num", 4, "--out", tmp_path / "out", "--npz", tmp_path / "x.npz"]
+    assert f"{tmp_path / 'x.npz'} will take 0 MiB, 0 MiB are free there" in refused(*command)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_folder_does_not_say_its_autoencoder(runs, refused, tmp_path):
@@ -237,6 +318,30 @@ def test_full_disk_while_sampling(runs, run, refused, tmp_path):
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
 
 
+def test_full_disk_while_packing(runs, run, refused, tmp_path):
+    command = ["sample", runs / "dit", "--num", 8, "--steps", 2, "--out", tmp_path / "out"]
+    run(*command)
+    with full_disk(5000):  # of 6144 bytes of pixels
+        assert "Make room and run the same command again" in refused(*command, "--npz", tmp_path / "x.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_full_disk_while_converting(refused, tmp_path):
+    torch.save(load_file(GOLDEN / "ditdh_qknorm/weights.safetensors"), tmp_path / "stage2.pt")
+    command = ["convert", tmp_path / "stage2.pt", "--shift", 2, "--time-law", "uniform", "--out", tmp_path / "out"]
+    with full_disk(1000):
+        output = refused(*command)
+    assert f"os error {errno.EFBIG}). Make room and run the same command again" in output
+
+
+def test_full_disk_while_saving_statistics(runs, refused, tmp_path):
+    out = ["--image-size", 16, "--enlarge", "--out", tmp_path / "stats.safetensors"]
+    with full_disk(500):
+        output = refused("stats", runs / "encoder", "digits", *out)
+    assert "Make room and run the same command again" in output
+
+
 def interrupt(command: list, when) -> tuple[int, str]:
     """Start `rae COMMAND`, send it a Ctrl-C as soon as `when()`; its exit status and what it said."""
     arguments = [sys.executable, "-m", "rae.cli", *map(str, command)]
@@ -272,6 +377,25 @@ def test_ctrl_c_while_sampling_keeps_what_is_there(runs, run, tmp_path):
         Image.open(path).load()
 
 
+def test_ctrl_c_says_what_may_be_done(monkeypatch):
+    for words, hint in (((), "the same command may be run again"), (("7 of 9 are there",), "7 of 9 are there")):
+
+        def broken(words=words) -> None:
+            raise KeyboardInterrupt(*words)
+
+        monkeypatch.setattr("rae.commands.doctor.print_encoders", broken)
+        result = CliRunner().invoke(rae, ["encoders"])
+        assert (result.exit_code, result.output) == (130, f"interrupted; {hint}\n")
+
+
+def test_processes_that_do_not_see_each_other(runs, refused, tmp_path, monkeypatch):
+    process_state()  # this one is alone
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command in (["sample", runs / "dit"], ["reconstruct", runs / "decoder", "digits"]):
+        assert "the launcher started 2 processes, and this one sees 1" in refused(*command, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # --- errors that are not the user's
 
 
@@ -289,4 +413,4 @@ def test_a_defect_keeps_its_traceback(run, monkeypatch):
 def test_traceback_on_request(runs, monkeypatch, tmp_path):
     monkeypatch.setenv("RAE_TRACEBACK", "1")
     result = CliRunner().invoke(rae, ["sample", str(runs / "nowhere"), "--out", str(tmp_path)])
-    assert type(result.exception).__name__ == "ConfigError"
+    assert type(result.exception).__name__ == "SourceError"

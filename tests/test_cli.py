@@ -1,6 +1,7 @@
 """The `rae` command: its help, what each command writes, how it resumes. Bad input is in test_bad_input.py."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import invoke
 from PIL import Image
 from tiny import decoder_recipe
 
 import rae.cli
 from rae import RAE, DiffusionModel, LatentStats, generate
+from rae.commands import reconstruct
 from rae.data.images import Views, open_split, to_bytes, to_unit
 
 ROOT = Path(__file__).parent.parent
@@ -21,6 +24,10 @@ ROOT = Path(__file__).parent.parent
 
 def pngs(folder: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 # --- help
@@ -94,6 +101,47 @@ def test_sampling_goes_on_where_it_stopped(run, runs, tmp_path):
     assert labels == [*range(10), 0, 1]  # classes take turns
 
 
+def test_a_set_of_samples_may_grow(run, runs, tmp_path):
+    command = ["sample", runs / "dit", "--steps", 3, "--batch", 1, "--out", tmp_path / "samples"]
+    run(*command, "--num", 2)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "samples").glob("*.png")}
+    run(*command, "--num", 4)
+    run("sample", runs / "dit", "--steps", 3, "--batch", 1, "--num", 4, "--out", tmp_path / "at-once")
+    assert {name: (tmp_path / "samples" / name).stat().st_mtime_ns for name in before} == before
+    assert contents(tmp_path / "samples") == contents(tmp_path / "at-once")
+
+
+def test_two_processes_share_the_images(run, runs, tmp_path):
+    options = ["sample", runs / "dit", "--num", 5, "--steps", 3, "--batch", 1, "--out"]
+    run(*options, tmp_path / "one")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "rae.cli"]
+    done = subprocess.run(
+        [str(part) for part in (*launch, "--", *options, tmp_path / "two")],
+        env=os.environ | {"COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert done.stderr.count("5 images of 16 x 16 pixels") == done.stderr.count("autoencoder: ") == 1
+
+
+def test_names_are_printed_as_they_are(run, runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    folder, images = tmp_path / "[red]", tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (16, 16)).save(images / "cat [final].png")
+    output = run("reconstruct", runs / "decoder", images, "--out", folder / "old")
+    assert str(folder / "old") in "".join(output.split())  # the title is broken into lines
+    assert "cat [final].png" in output
+    stats = ["--image-size", 16, "--out", folder / "s.safetensors"]
+    assert str(folder / "s.safetensors") in run("stats", runs / "encoder", images, *stats)
+    files = ["--out", folder / "new", "--npz", folder / "[b].npz"]
+    output = run("sample", runs / "dit", "--num", 1, "--steps", 2, *files)
+    for name in ("new/000000.png", "new/samples.json", "[b].npz"):
+        assert str(folder / name) in output
+
+
 def test_autoguidance_by_itself_is_no_guidance(run, runs, tmp_path):
     plain = ["sample", runs / "dit", "--num", 2, "--steps", 3, "--autoencoder", runs / "decoder"]
     run(*plain, "--out", tmp_path / "plain")
@@ -124,6 +172,27 @@ def test_reconstruct_shows_both_and_measures(run, runs, tmp_path):
     assert f"{decibels.mean():.2f}" in output
     pair = to_unit(torch.from_numpy(pngs(tmp_path / "out")[1]))
     assert torch.equal(pair, torch.cat([image[1], decoded[1]], dim=2).permute(1, 2, 0))
+
+
+def test_reconstruction_goes_on_where_it_stopped(run, runs, tmp_path, monkeypatch):
+    command = ["reconstruct", runs / "decoder", "digits", "--enlarge", "--num", 6, "--batch", 4, "--out"]
+    run(*command, tmp_path / "unbroken")
+    saved, save = [], reconstruct.save_picture
+
+    def interrupted(picture, path):
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        saved.append(path.name)
+        save(picture, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reconstruct, "save_picture", interrupted)
+        assert invoke(*command, tmp_path / "out").exit_code == 130
+    before = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in saved}
+    assert contents(tmp_path / "out").keys() == {*saved, "reconstructions.json"}
+    run(*command, tmp_path / "out")
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in saved} == before
+    assert contents(tmp_path / "out") == contents(tmp_path / "unbroken")
 
 
 def test_stats_are_exact(run, runs, tmp_path):

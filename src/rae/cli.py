@@ -22,7 +22,7 @@ class Rae(click.Group):
         try:
             return super().invoke(context)
         except KeyboardInterrupt as interrupt:
-            click.secho(f"interrupted; {interrupt or 'the same command may be run again'}", fg="red", err=True)
+            click.secho(f"interrupted; {str(interrupt) or 'the same command may be run again'}", fg="red", err=True)
             context.exit(130)
         except Exception as error:
             if os.environ.get("RAE_TRACEBACK") or not _is_ours(error):
@@ -33,16 +33,22 @@ class Rae(click.Group):
 
 def _is_ours(error: Exception) -> bool:
     """Whether the message is meant for the user: a class of ours, the system's, or a ValueError that we raised."""
-    if type(error).__module__.startswith("rae.") or isinstance(error, OSError):
+    if type(error).__module__.startswith("rae.") or isinstance(error, OSError) or _is_full(error):
         return True
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     return isinstance(error, ValueError | FloatingPointError) and raised_in.is_relative_to(Path(__file__).parent)
 
 
 def _remedy(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return ". Make room and run the same command again; what was finished before is whole."
-    return ""
+    return ". Make room and run the same command again; what was finished before is whole." if _is_full(error) else ""
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether the disk was full; safetensors says so with an error that is not the system's."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if type(error).__name__ == "SafetensorError":
+        return any(f"(os error {code})" in str(error) for code in codes)
+    return isinstance(error, OSError) and error.errno in codes
 
 
 class Size(click.ParamType):
@@ -70,7 +76,11 @@ def rae() -> None:
 
 @rae.command()
 @click.option("--out", default="demo", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--photos", type=click.Path(path_type=Path), help="Your own folder of images, in place of the digits.")
+@click.option(
+    "--photos",
+    type=click.Path(path_type=Path),
+    help="Your own folder of images, in place of the digits: 1,000 of them at most, at 96 px (smaller ones enlarged).",
+)
 @click.option("--quick", is_flag=True, help="Few steps: shows that everything runs, not how good it gets.")
 def demo(out: Path, photos: Path | None, quick: bool) -> None:
     """Images in, new images and report.html out, on a CPU."""
@@ -194,6 +204,7 @@ def reconstruct(model: str, images: str, out: Path, num: int | None, batch: int,
     """IMAGES beside what an autoencoder makes of them, with PSNR and SSIM.
 
     MODEL is a run of train-decoder, a folder of `rae convert` or a hub id; IMAGES a folder, `digits` or `photographs`.
+    The same command again goes on where it was interrupted.
     """
     from rae.commands.reconstruct import write_reconstructions
 
@@ -232,8 +243,9 @@ def reconstruct(model: str, images: str, out: Path, num: int | None, batch: int,
 def sample(model: str, cfg: float | None, autoguidance: tuple[str, float] | None, interval, **settings) -> None:
     """Make new images.
 
-    MODEL is a run of train-dit or a folder of `rae convert`. The same command again goes on where it was interrupted;
-    `accelerate launch -m rae.cli sample ...` shares the images among several processes.
+    MODEL is a run of train-dit or a folder of `rae convert`. The same command again goes on where it was interrupted,
+    and a larger --num adds images. `torchrun --nproc_per_node 2 -m rae.cli -- sample ...` shares them between two
+    processes.
     """
     if cfg is not None and autoguidance is not None:
         raise click.UsageError("--cfg and --autoguidance exclude each other.")

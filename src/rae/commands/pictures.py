@@ -1,8 +1,11 @@
-"""What the commands that write pictures share: PNGs that are whole or not there, new folders, checksums."""
+"""What the commands that write pictures share: files that are whole or not there, folders that go on, checksums."""
 
+import contextlib
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,7 +17,7 @@ Rounding = Literal["nearest", "truncate"]
 
 
 class OutputError(ValueError):
-    """A folder that cannot be written to, because it holds something else."""
+    """A file or folder that cannot be written to, because it is or holds something else."""
 
 
 def checksum(module: torch.nn.Module) -> str:
@@ -22,11 +25,72 @@ def checksum(module: torch.nn.Module) -> str:
     return weights_sha256(module.state_dict().values())
 
 
-def make_empty(folder: Path) -> None:
-    """Make a folder, or take an empty one; raises OutputError for another."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise OutputError(f"{folder} is not empty; give a new folder.")
+@contextlib.contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A hidden file to write to, which then takes the place of `path`; whatever happens, no half file stays."""
+    hidden = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield hidden
+        hidden.replace(path)
+    finally:
+        hidden.unlink(missing_ok=True)
+
+
+def check_file(path: Path) -> None:
+    """Make the folder of a file that is to be written at the end of a long job.
+
+    Raises:
+        OutputError: the file could not be written.
+    """
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; give the name of a file.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"{path.parent} cannot be written to; give another file.")
+
+
+def claim(folder: Path, file: str, protocol: dict[str, Any], grows: tuple[str, ...] = ()) -> None:
+    """Keep in `folder`/`file` how its pictures are made; a folder whose pictures were made in another way is refused.
+
+    Args:
+        folder: made if it does not exist; else empty, or claimed before.
+        file: its name.
+        protocol: what decides the pixels.
+        grows: keys of numbers that may have become larger since, and of lists that may have become longer.
+
+    Raises:
+        OutputError: the folder holds pictures made in another way, or something else.
+    """
+    path = folder / file
+    if path.is_file():
+        before = _read(path)
+        if before == protocol:
+            return
+        pairs = {key: (before.get(key), protocol.get(key)) for key in sorted(before.keys() | protocol.keys())}
+        changed = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+        if any(key not in grows or not _begins(now, was) for key, (was, now) in changed.items()):
+            lines = "\n".join(f"  {key}: {str(was)[:60]} -> {str(now)[:60]}" for key, (was, now) in changed.items())
+            raise OutputError(f"{folder} holds pictures that were made in another way:\n{lines}\nGive another folder.")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(not found.name.startswith(".") for found in folder.iterdir()):
+            raise OutputError(f"{folder} is not empty; give a new folder.")
+    with aside(path) as hidden:
+        hidden.write_text(json.dumps(protocol, indent=1) + "\n")
+
+
+def _begins(now: Any, was: Any) -> bool:
+    """Whether `now` is `was` and more."""
+    return now[: len(was)] == was if isinstance(was, list) else was is not None and was <= now
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise OutputError(
+            f"{path} is damaged ({error}), so nothing says how the pictures beside it were made; give another folder."
+        ) from error
 
 
 def picture_name(index: int) -> str:
@@ -34,8 +98,35 @@ def picture_name(index: int) -> str:
     return f"{index:06d}.png"
 
 
+def is_there(path: Path) -> bool:
+    """Whether a picture exists.
+
+    Raises:
+        OutputError: an empty file does, which is what a crash of the machine may leave of it.
+    """
+    if path.exists() and path.stat().st_size == 0:
+        raise _damaged(path, "it is empty")
+    return path.exists()
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """A PNG -> uint8 [H,W,3].
+
+    Raises:
+        OutputError: it is damaged.
+    """
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(picture)
+    except (OSError, SyntaxError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, reason: object) -> OutputError:
+    return OutputError(f"{path} is damaged ({reason}); delete it and run the same command again, which makes it anew.")
+
+
 def save_picture(picture: np.ndarray, path: Path) -> None:
-    """Write uint8 [H,W,3] as PNG: aside, then renamed, so that one that exists is whole."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    Image.fromarray(picture).save(aside, format="PNG")
-    aside.replace(path)
+    """Write uint8 [H,W,3] as PNG."""
+    with aside(path) as hidden:
+        Image.fromarray(picture).save(hidden, format="PNG")
