@@ -13,7 +13,7 @@ from test_report import Reader, decode
 
 from rae import RAE, demo
 from rae.config import ConfigError
-from rae.data.images import ImageError, Views, center_crop, open_split, to_bytes, to_unit
+from rae.data.images import ImageError, Views, center_crop, open_images, open_split, to_bytes, to_unit
 from rae.evaluation.reconstruction import psnr
 
 
@@ -139,24 +139,71 @@ def test_own_photos_by_class(encoder, tmp_path, capsys):
     photos = save_photos(tmp_path / "photos", 24)
     (photos / "cats/0.png").write_bytes(b"cut short")
     page = Reader(demo.run_demo(tmp_path / "out", photos, quick=True).read_text())
+    text = (tmp_path / "out/report.html").read_text()
+    assert "24 of 24 images, the middle of each at 96 x 96 pixels; smaller ones are enlarged" in text
     assert len(list((tmp_path / "out/photos/images").rglob("*.png"))) == 23
     assert "left out" in capsys.readouterr().err
     alts = [image["alt"] for image in page.images]
     assert sum(alt.startswith("cats") for alt in alts) == sum(alt.startswith("dogs") for alt in alts) > 0
-    assert "23 images are too few to learn to generate" in (tmp_path / "out/report.html").read_text()
+    assert "23 images are too few to learn to generate" in text
     assert not any("asked class" in cell for cell in page.cells)
+
+
+def test_the_same_photos_by_another_path(encoder, tmp_path, monkeypatch, capsys):
+    photos = save_photos(tmp_path / "photos", 24)
+    monkeypatch.setattr(demo, "_carry_out", _stop)
+    monkeypatch.chdir(tmp_path)
+    for folder in (photos, Path("photos"), tmp_path / "out/../photos"):
+        with pytest.raises(SystemExit):
+            demo.run_demo(tmp_path / "out", folder, quick=True)
+
+
+def test_of_many_photos_a_part_is_taken_and_the_report_says_so(tmp_path, monkeypatch):
+    photos = save_photos(tmp_path / "photos", 24)
+    monkeypatch.setattr(demo.studies, "MOST", 22)
+    study = demo.studies.own_photos(tmp_path / "out", demo.studies.check_photos(photos), photos, quick=True)
+    assert study.images.startswith("22 of 24 images")
+    study.prepare()
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 22
+
+
+@pytest.mark.parametrize("out", [".", "demo", "cats/demo", "../photos/demo"])
+def test_a_demo_among_its_photos_is_refused_before_anything(tmp_path, monkeypatch, out):
+    monkeypatch.chdir(save_photos(tmp_path / "photos", 24))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match="give an --out beside it"):
+        demo.run_demo(Path(out), Path("."), quick=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_photos_of_which_most_cannot_be_read(tmp_path, capsys):
+    photos = save_photos(tmp_path / "photos", 22)
+    for path in sorted((photos / "cats").iterdir()):
+        path.write_bytes(b"[red]not an image")
+    study = demo.studies.own_photos(tmp_path / "out", demo.studies.check_photos(photos), photos, quick=True)
+    with pytest.raises(ImageError, match=f"11 of 22 images of {photos} can be read, the demo takes 20 or more"):
+        study.prepare()
+    assert f"left out: {photos / 'cats/0.png'}: cannot be decoded" in capsys.readouterr().err
+
+
+def test_names_are_printed_as_they_are(tmp_path, capsys):
+    (tmp_path / "[final]").mkdir()
+    (tmp_path / "[final]/cat [1].jpg").write_bytes(b"not an image")
+    demo.studies.cut_tiles(open_images(tmp_path / "[final]"), tmp_path / "out", (1,))
+    assert str(tmp_path / "[final]/cat [1].jpg") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("count", "message"), [(0, "holds no images"), (3, "3 images, the demo takes 20 or more")])
 def test_too_few_photos(tmp_path, count, message):
-    save_photos(tmp_path, count)
+    (tmp_path / "photos").mkdir()
     with pytest.raises(ImageError, match=message):
-        demo.run_demo(tmp_path / "out", tmp_path)
+        demo.run_demo(tmp_path / "out", save_photos(tmp_path / "photos", count))
     assert not (tmp_path / "out").exists()
 
 
 def test_photos_that_cannot_be_read(tmp_path):
+    (tmp_path / "photos").mkdir()
     for i in range(demo.studies.FEWEST):
-        (tmp_path / f"{i}.jpg").write_bytes(b"not an image")
+        (tmp_path / f"photos/{i}.jpg").write_bytes(b"not an image")
     with pytest.raises(ImageError, match="none of the 20 images can be read"):
-        demo.run_demo(tmp_path / "out", tmp_path)
+        demo.run_demo(tmp_path / "out", tmp_path / "photos")

@@ -4,6 +4,7 @@ import inspect
 import re
 import shlex
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from rae.cli import rae
 from rae.config import Config, _configs_in
 from rae.training.decoder import DecoderRecipe
 from rae.training.dit import DiTRecipe
+from rae.training.run import FREE
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -23,13 +25,14 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def commands() -> list:
-    """Every `rae ...` line of the pages and of the recipes' headers."""
+    """Every `rae ...` line of the pages and of the recipes' headers, `torchrun ... -m rae.cli -- ...` among them."""
     lines = []
     for page in PAGES:
         for block in blocks(page.read_text(), "bash"):
             lines += block.replace("\\\n", " ").splitlines()
     for recipe in ROOT.glob("recipes/**/*.yaml"):
         lines += [line.removeprefix("#").strip() for line in recipe.read_text().splitlines() if line.startswith("#   ")]
+    lines = [re.sub(r"^torchrun .* -m rae\.cli -- ", "rae ", line) for line in lines]
     return [pytest.param(line, id=line[:60]) for line in lines if line.startswith("rae ")]
 
 
@@ -93,6 +96,21 @@ def keys_text() -> str:
 def test_keys_are_those_of_the_schemas():
     page = (ROOT / "docs/recipes.md").read_text()
     assert page.split(BEGIN)[1].split(END)[0] == keys_text(), "run: make help"
+
+
+def test_keys_that_may_change_are_those_that_the_page_names():
+    (paragraph,) = re.findall(r"^\*\*Resuming\*\*.*?\n\n", (ROOT / "docs/recipes.md").read_text(), re.M | re.S)
+    named = re.findall(r"`([\w.*]+)`", paragraph)
+    known = {key for schema in (DecoderRecipe, DiTRecipe) for key in dotted(schema)}
+    assert {key for key in known if any(fnmatch(key, pattern) for pattern in named)} == FREE
+
+
+def dotted(schema: type[Config], prefix: str = "") -> Iterator[str]:
+    for name, field in schema.model_fields.items():
+        sections = list(_configs_in(field.annotation))
+        yield from (key for section in sections for key in dotted(section, f"{prefix}{name}."))
+        if not sections:
+            yield prefix + name
 
 
 if __name__ == "__main__":

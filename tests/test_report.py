@@ -74,6 +74,14 @@ def test_a_plot_takes_its_text_colour_from_the_page_and_shows_every_point():
     assert {"loss", "held-out", "images", "curve"} <= set(re.findall(r"<text[^>]*>([^<]*)</text>", plot))
 
 
+def test_a_plot_of_many_lines_shows_all_that_have_points():
+    series = {f"line {i}": ([0, 1], [i, i + 1]) for i in range(6)} | {"nothing yet": ([], [])}
+    plot = curves(series, "curve", "images", "loss")
+    assert {text for text in re.findall(r"<text[^>]*>([^<]*)</text>", plot) if "line" in text} == {*list(series)[:6]}
+    assert "nothing yet" not in plot
+    assert "curve" in curves({"nothing yet": ([], [])}, "curve", "images", "loss")
+
+
 def test_a_figure_without_a_protocol_is_refused():
     with pytest.raises(ValueError, match="protocol"):
         Figure(name="rFID", value="0.5", protocol="")

@@ -40,7 +40,8 @@ def run_demo(out: Path, photos: Path | None = None, quick: bool = False) -> Path
 
     Args:
         out: folder for everything that is made.
-        photos: a folder of images in place of the built-in ones; its sub-folders, if any, are the classes.
+        photos: a folder of images in place of the built-in ones; its sub-folders, if any, are the classes. `out` must
+            not be in it.
         quick: a few steps of everything, to see that all of it works; the figures mean nothing.
 
     Returns:
@@ -53,6 +54,12 @@ def run_demo(out: Path, photos: Path | None = None, quick: bool = False) -> Path
     """
     if missing := [package for module, package in PACKAGES.items() if find_spec(module) is None]:
         raise ConfigError(f"the demo needs {', '.join(missing)}, not installed here: pip install 'rae[demo]'.")
+    photos = photos and photos.resolve()  # ./x and /abs/x are the same
+    if photos and out.resolve().is_relative_to(photos):
+        raise ConfigError(
+            f"--out {out} is inside --photos {photos}, where the demo would take its own pictures for photos; give an "
+            "--out beside it."
+        )
     images = studies.check_photos(photos) if photos else None
     asked = {"quick": quick, "photos": str(photos) if photos else None, "images": images.identity if images else None}
     _claim(out, Asked(version=__version__, **asked))
@@ -128,4 +135,4 @@ def _conclude(console: Console, path: Path, found: list[Findings], parts: Parts)
     _, time, memory = total(parts.done).cost
     table.add_row("time and peak memory", f"{time}, {memory}")
     console.print(table)
-    console.print(f"Report: {path.resolve()}", highlight=False, soft_wrap=True)
+    console.print(f"Report: {path.resolve()}", highlight=False, markup=False, soft_wrap=True)

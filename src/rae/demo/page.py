@@ -65,7 +65,7 @@ def _study(study: Study, found: Findings) -> list[str]:
     height, width = study.decoder.encoder.image_size
     decoder_width, depth, *_ = study.decoder.decoder.size
     protocol = f"{height} x {width} px; the decoder is {decoder_width} wide and {depth} layers deep."
-    pieces = [heading("Reconstructions")]
+    pieces = [paragraph(study.images), heading("Reconstructions")]
     for name, what in (("held_out", "Held out: never seen in training"), ("seen", "Seen in training")):
         rows = [pictures[f"{name}_original"], pictures[f"{name}_decoded"]]
         pieces.append(sheet(rows, f"{what}. {protocol}", names=["original", "decoded"], size=size))
@@ -128,8 +128,8 @@ def _losses(study: Study) -> list[str]:
             lines = [json.loads(line) for line in log.read_text().splitlines()]
             series = {}
             for figure, name in zip(figures, ("training", "held out")):
-                points = [(line["images"] / 1000, line[figure]) for line in lines if figure in line]
-                series[name] = tuple(zip(*points))
+                found = [line for line in lines if figure in line]
+                series[name] = [line["images"] / 1000 for line in found], [line[figure] for line in found]
             title = {"decoder": "Stage 1: the decoder", "dit": "Stage 2: the diffusion transformer"}[stage]
             loss = {"decoder": "L1 at the image", "dit": "velocity, mean square"}[stage]
             plots.append(curves(series, f"{title} ({study.folder.name})", "thousand images seen", loss))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 
 from rae.config import Config, read_json
 from rae.demo.measure import Findings
@@ -45,9 +46,9 @@ class Parts:
         record, pictures = self.folder / f"{name}.json", self.folder / f"{name}.npz"
         part = read_json(Part, record) if record.exists() else Part(title=title)
         if part.done:
-            self.console.print(f"[bold]{title}[/]: done before", highlight=False)
+            self.console.print(f"[bold]{escape(title)}[/]: done before", highlight=False)
         else:
-            self.console.rule(f"[bold]{title}", align="left")
+            self.console.rule(f"[bold]{escape(title)}", align="left")
             part = self._attempt(part, work, record, pictures)
         self.done.append(part)
         with np.load(pictures) as file:

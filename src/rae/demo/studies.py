@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 
 from rae.data.images import ImageError, Images, center_crop, open_images, read, subset
 from rae.data.order import epoch_order
@@ -26,6 +26,10 @@ _NETWORK = {
 _WHOLE = {False: 448, True: 112}
 SIDE = 96  # pixels of photographs
 FEWEST, MOST = 20, 1000  # of a user's images: fewer cannot be split, more could not be read in minutes
+ENOUGH = (
+    f"the demo takes {FEWEST} or more: a tenth is held out, and what is left must show something in common. "
+    "Add images, or run the demo without --photos."
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Study:
     Attributes:
         folder: where its runs go.
         title: in the report.
+        images: which ones, and what was done to them, for the report.
         decoder, dit: recipes of the two stages; without `dit` nothing is generated.
         sampling: of the second stage.
         judged: whether a classifier trained on real images reads the results.
@@ -62,6 +67,7 @@ class Study:
 
     folder: Path
     title: str
+    images: str
     decoder: DecoderRecipe
     dit: DiTRecipe | None = None
     sampling: Sampling | None = None
@@ -95,7 +101,8 @@ def digits(out: Path, quick: bool) -> Study:
         run=_run("8st" if quick else "800st", batch=128) | {"precision": "bf16"},
     )
     sampling = Sampling(count=20, steps=4) if quick else Sampling(count=400)
-    return Study(folder, "Handwritten digits", decoder, dit, sampling, judged=True, row=10)
+    shown = "1,797 images of 8 x 8 pixels from scikit-learn, enlarged to 28 x 28; one in ten is held out."
+    return Study(folder, "Handwritten digits", shown, decoder, dit, sampling, judged=True, row=10)
 
 
 def photographs(out: Path, quick: bool) -> Study:
@@ -114,6 +121,7 @@ def photographs(out: Path, quick: bool) -> Study:
     return Study(
         folder,
         "Photographs: left two thirds seen in training, right thirds held out",
+        f"Tiles of {SIDE} x {SIDE} pixels, cut out of scikit-image's eight photographs.",
         _photo_decoder(data, quick, input_side=168, patch_size=8, statistics=False),
         prepare=prepare,
         whole="photographs",
@@ -135,13 +143,20 @@ def own_photos(out: Path, images: Images, source: Path, quick: bool) -> Study:
         sheet={"images": 8, "steps": 25, "cfg": 2.0 if images.class_names else None},
         run=_run("4st" if quick else "800st", batch=24) | {"precision": "bf16"},
     )
+
+    def prepare() -> None:
+        if (readable := cut_tiles(chosen, folder / "images", (1,))) < FEWEST:
+            raise ImageError(f"{readable} of {len(chosen)} images of {source} can be read, {ENOUGH}")
+
     return Study(
         folder,
         f"Your photos: {source}",
+        f"{len(chosen):,} of {len(images):,} images, the middle of each at {SIDE} x {SIDE} pixels; smaller ones are "
+        "enlarged, unreadable ones left out, and one in ten is held out.",
         _photo_decoder(data, quick, input_side=112, patch_size=12),
         dit,
         Sampling(count=8, steps=4) if quick else Sampling(count=36),
-        prepare=partial(cut_tiles, chosen, folder / "images", (1,)),
+        prepare=prepare,
         whole=str(source),
         whole_side=_WHOLE[quick],
     )
@@ -155,10 +170,7 @@ def check_photos(folder: Path) -> Images:
     """
     images = open_images(folder)
     if len(images) < FEWEST:
-        raise ImageError(
-            f"{folder} holds {len(images)} images, the demo takes {FEWEST} or more: a tenth is held out, and what is "
-            "left must show something in common. Add images, or run the demo without --photos."
-        )
+        raise ImageError(f"{folder} holds {len(images)} images, {ENOUGH}")
     read(images, 0, "skip")
     return images
 
@@ -176,20 +188,24 @@ def cut_tiles(
     folder: Path,
     scales: Sequence[int],
     part: Callable[[np.ndarray], np.ndarray] = lambda pixels: pixels,
-) -> None:
+) -> int:
     """Save images small, once, so that training does not decode large files again and again.
 
     The middle of each image, or of the `part` of it, is scaled to k SIDE pixels for each k of `scales` and cut into
     k x k tiles k-row-column-name.png, in a folder for each class. What cannot be read is named and left out.
+
+    Returns:
+        How many images could be read.
     """
-    console = Console(stderr=True)
+    console, readable = Console(stderr=True), 0
     with progress("cutting", len(images)) as advance:
         for i, name in enumerate(images.names):
             try:
                 pixels, label = images[i]
             except ImageError as error:
-                console.print(f"[yellow]left out: {error}", highlight=False, soft_wrap=True)
+                console.print(f"[yellow]left out: {escape(str(error))}", highlight=False, soft_wrap=True)
                 continue
+            readable += 1
             parent = folder / images.class_names[label] if images.class_names else folder
             parent.mkdir(parents=True, exist_ok=True)
             for k in scales:
@@ -198,6 +214,7 @@ def cut_tiles(
                     path = parent / f"{k}-{row}-{column}-{i:05d}-{Path(name).stem}.png"
                     Image.fromarray(whole[row, column]).save(path)
             advance(i + 1)
+    return readable
 
 
 def _photo_decoder(

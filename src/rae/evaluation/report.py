@@ -6,6 +6,7 @@ Each function returns HTML; `page` puts sections together. Text is escaped, imag
 import base64
 import html
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -152,7 +153,7 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title:
     """Lines over a common axis, as SVG that takes the page's font and text colour.
 
     Args:
-        series: name -> (x values, y values).
+        series: name -> (x values, y values); one without values is left out.
         title, x, y: of the plot and its axes.
     """
     import matplotlib
@@ -164,14 +165,16 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title:
     with matplotlib.rc_context(ink | style):
         plot = Plot(figsize=(5, 2.9), layout="constrained")
         axes = plot.add_subplot()
-        for (name, (xs, ys)), colour in zip(series.items(), _COLOURS):
+        drawn = {name: points for name, points in series.items() if len(points[0])}
+        for (name, (xs, ys)), colour in zip(drawn.items(), itertools.cycle(_COLOURS)):
             axes.plot(xs, ys, label=name, color=colour, linewidth=1.6, marker="o" if len(xs) < 30 else "", markersize=3)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#808080", alpha=0.25, linewidth=0.6)
-        axes.legend(frameon=False)
+        if drawn:
+            axes.legend(frameon=False)
         plot.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = file.getvalue()
     return "<figure>" + text[text.index("<svg") :].replace(_INK, "currentColor") + "</figure>"
