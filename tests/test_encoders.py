@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from rae.autoencoder.encoders import ENCODERS, Encoder, describe_encoder, load_encoder, open_encoder
 from rae.autoencoder.families import FAMILIES
 from rae.autoencoder.sources import SourceError, weights_sha256
+from rae.config import ConfigError
 
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
@@ -167,6 +169,7 @@ def test_bad_images_are_named(dinov2):
         (images(32, 32) * 255, ValueError, r"takes \[0,1\]"),
         (images(32, 32) * 2 - 1, ValueError, r"values in \[-0.99"),
         (torch.full((1, 3, 32, 32), float("nan")), ValueError, r"values in \[nan"),
+        (torch.zeros(0, 3, 32, 32), ValueError, r"\[0, 3, 32, 32\] hold no pixels"),
     ]:
         with pytest.raises(error, match=message):
             encoder(bad)
@@ -182,7 +185,7 @@ def test_other_input_and_half_a_normalisation_are_refused(dinov2):
 def test_unknown_names_get_the_nearest():
     with pytest.raises(SourceError, match="did you mean 'dinov2-base'"):
         load_encoder("dinov2-bsae", image_size=256)
-    with pytest.raises(SourceError, match="neither an existing folder, nor a hub id"):
+    with pytest.raises(SourceError, match="/nowhere/at/all: no such folder"):
         load_encoder("/nowhere/at/all", image_size=256)
 
 
@@ -208,7 +211,34 @@ def test_foreign_and_damaged_folders_are_refused(dinov2, tmp_path):
     attempt("damaged or foreign", cut=-200)
     attempt("Pickles are not loaded", weights=None)
     attempt("'bert'; encoders are plain ViTs of the types dinov2", config=config | {"model_type": "bert"})
-    attempt("preprocessor_config.json is missing", mean=None, std=None)
+    attempt("patch size 0; patches are square", config=config | {"patch_size": 0})
+    attempt("config.json is not that of a Dinov2Model", config=config | {"hidden_size": "wide"})
+    attempt(r"preprocessor_config.json is missing.*give encoder.mean=\[r,g,b\] encoder.std=", mean=None, std=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", b"\x80\x81\x00", "config.json is not a configuration of transformers"),
+        ("config.json", b'{"model_type": ["dinov2"]}', "encoders are plain ViTs"),
+        ("preprocessor_config.json", b"\x80\x81\x00", "does not tell image_mean and image_std"),
+        ("preprocessor_config.json", b'{"do_resize": true}', r"image_mean.*give encoder\.mean=\[r,g,b\] encoder\.std="),
+        ("preprocessor_config.json", b'{"image_mean": [0], "image_std": [1, 1, 1]}', r"mean\.1: required"),
+    ],
+)
+def test_configurations_that_cannot_be_read_are_named(dinov2, tmp_path, name, content, message):
+    folder = shutil.copytree(dinov2, tmp_path / "encoder")
+    (folder / name).write_bytes(content)
+    with pytest.raises((SourceError, ConfigError), match=message) as error:
+        describe_encoder(folder, image_size=32)
+    assert str(folder) in str(error.value)
+
+
+def test_a_normalisation_that_is_given_needs_no_file(dinov2, tmp_path):
+    folder = shutil.copytree(dinov2, tmp_path / "encoder")
+    (folder / "preprocessor_config.json").unlink()
+    config = describe_encoder(folder, image_size=32, mean=[0.1, 0.2, 0.3], std=[1, 1, 2])
+    assert (config.mean, config.std) == ((0.1, 0.2, 0.3), (1, 1, 2))
 
 
 def test_a_folder_of_the_wrong_model_is_not_taken_for_the_configured_one(dinov2, tmp_path):

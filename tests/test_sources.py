@@ -1,4 +1,4 @@
-"""The wheel: its conversion against the file it comes from, and a cache that survives everything."""
+"""What names mean; the wheel: its conversion against the file it comes from, and a cache that survives everything."""
 
 import hashlib
 import shutil
@@ -13,6 +13,45 @@ import torch
 from rae import load_encoder
 from rae.autoencoder import sources
 from rae.autoencoder.sources import SourceError
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("owner/name", "hub:owner/name"),
+        ("facebook/dinov2-small.v1_2", "hub:facebook/dinov2-small.v1_2"),
+        ("hub:runs/decoder", "hub:runs/decoder"),
+        ("runs", "folder:{here}/runs"),
+        ("./runs", "folder:{here}/runs"),
+        ("runs/", "folder:{here}/runs"),
+    ],
+)
+def test_names_of_sources(tmp_path, monkeypatch, name, source):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert sources.source_of(name) == source.format(here=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["runs/decoder", "./a/b", "../a", "/a/b", "~/a-folder-nobody-has", "a/b/c", "a/b/"])
+def test_paths_are_not_asked_of_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(SourceError, match=f"^{name}: no such folder; give one that exists") as error:
+        sources.source_of(name)
+    assert ("or write hub:runs/decoder if" in str(error.value)) == (name == "runs/decoder")
+
+
+def unreachable(*_, **__):
+    raise OSError("down")
+
+
+def test_the_hub_s_errors_have_the_remedy_that_is_asked_for(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    with pytest.raises(SourceError, match=r"a/b could not be had from the hub \(down\). .* or take the encoder"):
+        sources.fetch("hub:a/b", weights=False)
+    with pytest.raises(SourceError, match=r"If a folder was meant: there is none of that name") as error:
+        sources.fetch_hub("a/b", ["config.json"], sources.MODEL_REMEDIES)
+    assert "encoder" not in str(error.value)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rae.autoencoder.families import ENCODERS, FAMILIES
 from rae.autoencoder.sources import REMEDIES, SourceError, fetch, source_of, weights_sha256
-from rae.config import Config
+from rae.config import Config, Size, parse
 
 
 class EncoderConfig(Config):
@@ -50,8 +50,8 @@ class EncoderConfig(Config):
     norm_eps: PositiveFloat
     mean: tuple[float, float, float]
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
-    image_size: tuple[PositiveInt, PositiveInt]
-    input_size: tuple[PositiveInt, PositiveInt]
+    image_size: Size
+    input_size: Size
 
 
 class Encoder(nn.Module):
@@ -111,7 +111,7 @@ class Encoder(nn.Module):
 
         Raises:
             TypeError: not floating point.
-            ValueError: another shape, another size, or values outside [0,1].
+            ValueError: another shape, another size, no image at all, or values outside [0,1].
         """
         if not images.is_floating_point():
             raise TypeError(
@@ -125,6 +125,8 @@ class Encoder(nn.Module):
                 f"images of {size[0]} x {size[1]} pixels given to an encoder of {self.config.image_size[0]} x "
                 f"{self.config.image_size[1]}; crop them to it, pass resize=True, or load it with another image_size."
             )
+        if not images.numel():
+            raise ValueError(f"images of shape {list(images.shape)} hold no pixels; the encoder takes one or more.")
         low, high = images.aminmax()
         if not (low >= 0 and high <= 1):  # also true of NaN
             raise ValueError(
@@ -237,16 +239,16 @@ def describe_encoder(
         _compare(f"{folder} is not {name}", shape, row._asdict())
     if mean is None:
         mean, std = row.normalisation if row else _read_normalisation(folder)
-    return EncoderConfig(
-        name=name,
-        source=source,
-        family=family,
-        mean=tuple(mean),
-        std=tuple(std),
-        image_size=image_size,
-        input_size=_input_size(image_size, input_size, shape["patch_size"]),
-        **shape,
-    )
+    data = {
+        "name": name,
+        "source": source,
+        "family": family,
+        "mean": mean,
+        "std": std,
+        "image_size": image_size,
+        "input_size": _input_size(image_size, input_size, shape["patch_size"]),
+    }
+    return parse(EncoderConfig, data | shape, f"the encoder in {folder}")
 
 
 def open_encoder(config: EncoderConfig, folder: str | Path | None = None) -> Encoder:
@@ -289,8 +291,8 @@ def _read_shape(folder: Path) -> tuple[str, dict[str, Any]]:
     import transformers
 
     try:
-        family = json.loads((folder / "config.json").read_text())["model_type"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        family = str(json.loads((folder / "config.json").read_bytes())["model_type"])
+    except (ValueError, KeyError, TypeError) as error:
         raise SourceError(f"{folder / 'config.json'} is not a configuration of transformers ({error!r}).") from error
     if family not in FAMILIES:
         raise SourceError(
@@ -298,8 +300,15 @@ def _read_shape(folder: Path) -> tuple[str, dict[str, Any]]:
             "(a new one is a row in rae/autoencoder/families.py)."
         )
     row = FAMILIES[family]
-    with _quiet():
-        config = getattr(transformers, row.model).config_class.from_pretrained(folder)
+    try:
+        with _quiet():
+            config = getattr(transformers, row.model).config_class.from_pretrained(folder)
+    except Exception as error:  # those of transformers have no common base
+        raise SourceError(f"{folder / 'config.json'} is not that of a {row.model}: {error}") from error
+    if not isinstance(config.patch_size, int) or config.patch_size < 1:
+        raise SourceError(
+            f"{folder / 'config.json'} has the patch size {config.patch_size}; patches are square, of so many pixels."
+        )
     return family, {
         "width": config.hidden_size,
         "depth": config.num_hidden_layers,
@@ -310,12 +319,16 @@ def _read_shape(folder: Path) -> tuple[str, dict[str, Any]]:
     }
 
 
-def _read_normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _read_normalisation(folder: Path) -> tuple[Sequence[float], Sequence[float]]:
     path = folder / "preprocessor_config.json"
+    remedy = "give encoder.mean=[r,g,b] encoder.std=[r,g,b], in Python mean=(r, g, b) and std=(r, g, b)."
     if not path.is_file():
-        raise SourceError(f"{path} is missing, so mean and std of the input are unknown; pass mean=(r, g, b) and std=.")
-    found = json.loads(path.read_text())
-    return tuple(found["image_mean"]), tuple(found["image_std"])
+        raise SourceError(f"{path} is missing, so mean and std of the input are unknown; {remedy}")
+    try:
+        found = json.loads(path.read_bytes())
+        return found["image_mean"], found["image_std"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SourceError(f"{path} does not tell image_mean and image_std ({error!r}); {remedy}") from error
 
 
 def _compare(what: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:

