@@ -1,6 +1,7 @@
 """Latent statistics against a two-pass float64 computation; standardisation and token maps against their inverses."""
 
 import math
+import resource
 
 import pytest
 import torch
@@ -80,13 +81,27 @@ def test_save_and_load_keep_every_bit(latents, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["stats.safetensors"]
 
 
+def test_a_full_disk_leaves_what_was_there(latents, tmp_path):
+    file = tmp_path / "stats.safetensors"
+    stats_of(latents[:100]).save(file)
+    before, limit = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"stats\.safetensors could not be written"):
+            stats_of(latents).save(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert file.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["stats.safetensors"]
+
+
 def test_bad_files_and_bad_input_are_named(latents, tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         LatentStats.load(tmp_path / "none.safetensors")
     file = tmp_path / "stats.safetensors"
     stats_of(latents).save(file)
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match="not a readable safetensors"):
+    with pytest.raises(ValueError, match=r"stats\.safetensors is not a readable .* delete it\. The run"):
         LatentStats.load(file)
     stats = LatentStats(SHAPE)
     with pytest.raises(ValueError, match="seen no latents"):

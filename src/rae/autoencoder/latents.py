@@ -137,11 +137,22 @@ class LatentStats:
         self.count = total
 
     def save(self, path: str | Path) -> None:
-        """Write `count`, `mean` and `m2` to a safetensors file: aside first, then renamed."""
+        """Write `count`, `mean` and `m2` to a safetensors file: aside first, then renamed.
+
+        Raises:
+            OSError: the disk is full or failed.
+        """
         path = Path(path)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file({"count": torch.tensor(self.count), "mean": self.mean, "m2": self.m2}, aside)
-        aside.replace(path)
+        try:
+            save_file({"count": torch.tensor(self.count), "mean": self.mean, "m2": self.m2}, aside)
+            with aside.open("rb") as file:
+                os.fsync(file.fileno())
+            aside.replace(path)
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written: {error}") from error
+        finally:
+            aside.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "LatentStats":
@@ -157,7 +168,8 @@ class LatentStats:
             tensors = load_file(path)
         except SafetensorError as error:
             raise ValueError(
-                f"{path} is not a readable safetensors file ({error}); make it again: `rae stats`."
+                f"{path} is not a readable safetensors file ({error}); delete it. The run that it belongs to takes its "
+                "statistics again; a file of `rae stats`, make again."
             ) from error
         found = {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items())}
         if set(found) != {"count", "mean", "m2"} or found["mean"] != found["m2"] or len(found["mean"]) != 3:
