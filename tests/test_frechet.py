@@ -90,3 +90,25 @@ def test_errors_carry_the_numbers():
         moments.merge(Moments(3))
     with pytest.raises(ValueError, match="of one d"):
         frechet_distance(torch.zeros(2), torch.eye(2), torch.zeros(3), torch.eye(3))
+
+
+@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_no_perfect_score(generator, which, bad):
+    cov = random_covariance(3, generator)
+    given = [torch.zeros(3), cov.clone(), torch.zeros(3), cov.clone()]
+    given[which].flatten()[0] = bad
+    with pytest.raises(ValueError, match=f"{('mean1', 'cov1', 'mean2', 'cov2')[which]} has 1 values that are not fin"):
+        frechet_distance(*given)
+
+
+def test_what_is_no_covariance_is_refused(generator):
+    mean, cov = torch.zeros(5), random_covariance(5, generator)
+    for wrong in (-cov, cov - 0.5 * torch.eye(5) * torch.linalg.eigvalsh(cov)[-1]):
+        with pytest.raises(ValueError, match="cov2 is no covariance: its smallest eigenvalue is -"):
+            frechet_distance(mean, cov, mean, wrong)
+    low_rank = moments_of(torch.randn(20, 64, generator=generator)).covariance
+    rounded = low_rank.float()  # statistics kept in float32 have slightly negative eigenvalues
+    assert torch.linalg.eigvalsh(rounded.double())[0] < -1e-10
+    assert frechet_distance(torch.zeros(64), low_rank, torch.zeros(64), rounded) < 1e-5
+    assert frechet_distance(mean, torch.zeros(5, 5), mean, torch.zeros(5, 5)) == 0

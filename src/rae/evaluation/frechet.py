@@ -8,6 +8,8 @@ Heusel et al. 2017 (arXiv 1706.08500), Eq. (6). With Inception features this is 
 import torch
 from torch import Tensor
 
+NEGATIVE = 1e-5  # a negative eigenvalue up to this part of the largest is rounding, as of statistics kept in float32
+
 
 class Moments:
     """Count, mean and scatter of feature vectors in float64; the order of updates and merges does not matter.
@@ -72,19 +74,35 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
 
     Returns:
         the distance, not negative, computed in float64.
+
+    Raises:
+        ValueError: other shapes, values that are not finite, a covariance that is not positive semi-definite.
     """
     shapes = [list(x.shape) for x in (mean1, cov1, mean2, cov2)]
     d = len(mean1)
     if shapes != [[d], [d, d], [d], [d, d]]:
         raise ValueError(f"means [d] and covariances [d,d] of one d are needed, got {shapes}.")
-    mean1, cov1, mean2, cov2 = (x.double() for x in (mean1, cov1, mean2, cov2))
-    trace_of_root = torch.linalg.svdvals(_root(cov1).T @ _root(cov2)).sum()
+    given = {"mean1": mean1, "cov1": cov1, "mean2": mean2, "cov2": cov2}
+    for name, x in given.items():
+        if not x.isfinite().all():
+            raise ValueError(
+                f"{name} has {(~x.isfinite()).sum()} values that are not finite; compute the features or the reference "
+                "statistics again."
+            )
+    mean1, cov1, mean2, cov2 = (x.to("cpu", torch.float64) for x in given.values())
+    trace_of_root = torch.linalg.svdvals(_root(cov1, "cov1").T @ _root(cov2, "cov2")).sum()
     distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * trace_of_root
-    return max(0.0, distance.item())  # equal sets leave rounding of either sign
+    return distance.clamp(min=0).item()  # equal sets leave rounding of either sign
 
 
-def _root(cov: Tensor) -> Tensor:
+def _root(cov: Tensor, name: str) -> Tensor:
     """R [d,r] with R R^T = cov, r its numerical rank."""
     eigenvalues, vectors = torch.linalg.eigh(cov)
+    lowest, largest = eigenvalues[0], eigenvalues.abs().max()
+    if lowest < -NEGATIVE * largest:
+        raise ValueError(
+            f"{name} is no covariance: its smallest eigenvalue is {lowest:.3g}, its largest {eigenvalues[-1]:.3g}; the "
+            "file that it comes from is damaged or holds something else."
+        )
     kept = eigenvalues > eigenvalues[-1] * len(cov) * torch.finfo(cov.dtype).eps
     return vectors[:, kept] * eigenvalues[kept].sqrt()
