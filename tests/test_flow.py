@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from devices import Float32Device
 from scipy import stats
 
 from rae.diffusion.flow import (
@@ -136,6 +137,16 @@ def test_times_stay_within_their_limits(law, shift):
     assert (t >= 0).all()
     assert (t <= highest).all()
     torch.testing.assert_close(t[-1], highest)
+
+
+@pytest.mark.parametrize("law", ["uniform", "logit-normal"])
+def test_times_on_a_device_without_float64(law):
+    flow, u = Flow(shift=6.928, time_law=law), U.float()
+    expected = flow.times(u)
+    with Float32Device():
+        t = flow.times(u.to("lazy"))
+        assert t.device.type == "lazy"
+        assert torch.equal(t.cpu(), expected)
 
 
 # --- loss ------------------------------------------------------------------------------------------------------------

@@ -289,7 +289,7 @@ def test_damaged_and_foreign_folders_are_named(rae, tmp_path):
     for pickle in ("decoder.pt", "model.pth", "pytorch_model.bin"):
         with pytest.raises(ValueError, match="`rae convert`"):
             RAE.from_pretrained(tmp_path / pickle)
-    with pytest.raises(SourceError, match="neither an existing folder, nor a hub id"):
+    with pytest.raises(SourceError, match="nothing: no such folder"):
         RAE.from_pretrained(tmp_path / "nothing")
 
 

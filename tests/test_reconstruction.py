@@ -3,6 +3,7 @@
 import pytest
 import skimage.metrics
 import torch
+from devices import Float32Device
 
 from rae.evaluation.reconstruction import psnr, ssim
 
@@ -51,3 +52,10 @@ def test_what_cannot_be_compared_is_refused(metric, pair):
 def test_ssim_needs_room_for_its_window(pair):
     with pytest.raises(ValueError, match="11 x 11 pixels, the images are 8 x 34"):
         ssim(*(x[:, :, :8] for x in pair))
+
+
+@pytest.mark.parametrize("metric", [psnr, ssim])
+def test_a_device_needs_no_float64(metric, pair):
+    expected = metric(*pair)
+    with Float32Device():
+        assert torch.equal(metric(*(x.to("lazy") for x in pair)).cpu(), expected)

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from devices import Float32Device
 
 from rae.diffusion.dit import DiTConfig
 from rae.diffusion.flow import Flow, shift_time
@@ -134,7 +135,9 @@ def test_dopri5_is_of_fifth_order():
     start = gaussian_solution(x, 0.9)
     errors = []
     for h in (0.1, 0.05):
-        z, _ = _dopri5_step(gaussian_velocity, start, torch.zeros(1), t, t.new_tensor([h]), 1e-5, 1e-5)
+        slope = gaussian_velocity(start, t, None)
+        z, slope_there, _ = _dopri5_step(gaussian_velocity, start, t, slope, t, t.new_tensor([h]), 1e-5, 1e-5)
+        torch.testing.assert_close(slope_there, gaussian_velocity(z, t - h, None))
         errors.append((z - gaussian_solution(x, 0.9 - h)).abs().max().item())
     assert math.log2(errors[0] / errors[1]) == pytest.approx(6, abs=0.7)
 
@@ -160,6 +163,28 @@ def test_dopri5_spends_calls_where_they_are_needed():
         expected = -math.sin(frequency) / frequency if frequency else -1.0
         assert z.item() == pytest.approx(expected, abs=1e-4)
     assert len(calls[60.0]) > 3 * len(calls[0.0])
+
+
+def test_dopri5_asks_six_times_a_step_and_never_twice_at_one_point():
+    asked = []
+
+    def velocity(x, t, y):
+        asked.append((t.item(), x.flatten().tolist()))
+        return torch.sin(60 * t)[:, None] * gaussian_velocity(x, t, y)  # some steps are rejected
+
+    x, times = normal(1, 3), torch.tensor([1.0, 0.6, 0.0])
+    list(dopri5(velocity, x, torch.zeros(1), times, rtol=1e-6))
+    assert len(asked) % 6 == 1
+    points = [(t, *x) for t, x in asked]
+    assert len(points) == len(set(points)) > 100
+
+
+def test_dopri5_on_a_device_without_float64():
+    x, y = normal(3, 5).float(), torch.zeros(3)
+    *_, expected = dopri5(gaussian_velocity, x, y, time_grid(3, 1.5))
+    with Float32Device():
+        *_, z = dopri5(gaussian_velocity, x.to("lazy"), y.to("lazy"), time_grid(3, 1.5))
+        torch.testing.assert_close(z.cpu(), expected)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -340,6 +365,33 @@ def test_generate_is_what_its_parts_are(model, autoencoder):
     torch.testing.assert_close(batch.images, autoencoder.decode(z).detach())
 
 
+def test_dopri5_takes_the_end_of_the_grid_alone(model, autoencoder, monkeypatch):
+    seen, calls = [], []
+    monkeypatch.setitem(ODE_SAMPLERS, "dopri5", lambda *args: seen.append(args[3].tolist()) or dopri5(*args))
+    monkeypatch.setattr(model.network, "forward", counted(model.network.forward)[0])
+    forward = model.network.forward
+    monkeypatch.setattr(model.network, "forward", lambda *a, **k: calls.append(1) or forward(*a[:3]))
+    (few,) = generate(model, autoencoder, [1], [5], steps=2, sampler="dopri5")
+    used, calls[:] = len(calls), []
+    (many,) = generate(model, autoencoder, [1], [5], steps=50, sampler="dopri5")
+    assert torch.equal(few.latents, many.latents)
+    assert seen == [[1.0, time_grid(50, 1.5)[-1].item()]] * 2
+    assert len(calls) == used
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", *SDE_SAMPLERS])
+@pytest.mark.parametrize("prediction", ["v", "x"])
+def test_a_device_needs_no_float64(autoencoder, sampler, prediction):
+    settings = {"steps": 4, "sampler": sampler, "guidance": CFG(1.5, 0.1, 0.9)}
+    model = small_model(prediction=prediction)
+    (expected,) = generate(model, autoencoder, [0, 2], [0, 1], **settings)
+    with Float32Device():
+        model, autoencoder = model.to("lazy"), autoencoder.to("lazy")
+        (batch,) = generate(model, autoencoder, [0, 2], [0, 1], **settings)
+        assert batch.latents.device.type == "lazy"
+        torch.testing.assert_close(batch.latents.cpu(), expected.latents, rtol=0.01, atol=0.01)  # other kernels
+
+
 def test_generate_touches_no_global_state(model, autoencoder):
     state = torch.get_rng_state()
     batches = generate(model, autoencoder, [0, 1], [0, 1], steps=3, sampler="euler-maruyama", batch_size=1)
@@ -384,11 +436,54 @@ def test_an_unconditional_model(autoencoder):
         ([0], [0], {"steps": 1}, "1 steps"),
         ([0], [0], {"batch_size": 0}, "batch_size 0"),
         (None, [0], {"guidance": CFG(2.0)}, "CFG.*AutoGuidance"),
+        ([], [], {}, "no seeds"),
+        # 4 points, shifted by 1.5, are 1, 0.75, 0.43 and 0.0015; Euler does not ask at the last one
+        ([0], [0], {"steps": 4, "guidance": CFG(2.0, 0.5, 0.7)}, r"none of the 3 times.*\[0.5, 0.7\].*0.75"),
+        ([0], [0], {"steps": 4, "guidance": CFG(2.0, 0.0, 0.4)}, r"none of the 3 times.*\[0.0, 0.4\].*0.4293"),
+        ([0], [0], {"steps": 4, "sampler": "heun", "guidance": CFG(2.0, 0.1, 0.4)}, "none of the 4 times"),
+        ([0], [0], {"steps": 4, "guidance": AutoGuidance(None, 2.0, 0.5, 0.7)}, "NoneType.*must be a DiffusionModel"),
+        ([0], [0], {"guidance": 2.0}, r"guidance 2.0 is none; give CFG\(scale"),
+        ([0], [0], {"guidance": 0}, "guidance 0 is none"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_at_the_call(model, autoencoder, labels, seeds, settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         generate(model, autoencoder, labels, seeds, **settings)  # before any batch is asked for
+
+
+def test_an_interval_that_holds_one_time_is_taken(model, autoencoder):
+    plain, *others = (
+        next(generate(model, autoencoder, [0], [0], steps=4, sampler=sampler, guidance=guidance)).latents
+        for sampler in ("heun", "dopri5")
+        for guidance in (None, CFG(3.0, 0.0, 0.4), CFG(3.0, 0.5, 0.7))
+        if (sampler, guidance) != ("heun", CFG(3.0, 0.5, 0.7))
+    )
+    assert not any(torch.equal(plain, other) for other in others)
+
+
+def test_dopri5_refuses_models_that_round(model, autoencoder):
+    rounded = small_model()
+    rounded.dtype = torch.bfloat16
+    for arguments in ((rounded, None), (model, AutoGuidance(rounded, 1.5))):
+        with pytest.raises(ValueError, match=r"dopri5 with a model in torch.bfloat16.*dtype=torch.float32"):
+            generate(arguments[0], autoencoder, [0], [0], sampler="dopri5", guidance=arguments[1])
+
+
+def test_a_model_that_never_learnt_to_do_without_labels(autoencoder):
+    def with_drop_labels(p, **settings):
+        model = small_model(**settings)
+        model.config = model.config.model_copy(update={"drop_labels": p})
+        return model
+
+    model = with_drop_labels(0.0)
+    with pytest.raises(ValueError, match=r"drop_labels 0.*CFG needs; use AutoGuidance"):
+        generate(model, autoencoder, [0], [0], guidance=CFG(2.0))
+    with pytest.raises(ValueError, match=r"drop_labels 0.*give labels"):
+        generate(model, autoencoder, None, [0])
+    generate(model, autoencoder, [0], [0], guidance=AutoGuidance(small_model(1), 2.0))
+    for p in (None, 0.1):
+        generate(with_drop_labels(p), autoencoder, [0], [0], guidance=CFG(2.0))
+    generate(with_drop_labels(0.0, classes=0, names=None), autoencoder, None, [0])
 
 
 @pytest.mark.parametrize("arguments", [([1.5], [0]), ([0], [0.5])])

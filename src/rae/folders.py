@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rae.autoencoder.sources import fetch_hub, source_of
+from rae.autoencoder.sources import MODEL_REMEDIES, fetch_hub, source_of
 
 
 def find_folder(folder_or_hub_id: str | Path, what: str) -> Path:
@@ -41,7 +41,7 @@ def find_folder(folder_or_hub_id: str | Path, what: str) -> Path:
         )
     kind, _, name = source_of(folder_or_hub_id).partition(":")
     if kind == "hub":
-        return fetch_hub(name, ["config.json", "*.safetensors", "encoder/*"])
+        return fetch_hub(name, ["config.json", "*.safetensors", "encoder/*"], MODEL_REMEDIES)
     folder = Path(name)
     if (folder / "latest").is_file():
         return folder / "checkpoints" / (folder / "latest").read_text().strip() / "model"

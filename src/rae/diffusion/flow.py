@@ -9,7 +9,7 @@ A network here is any callable `(x_t [B,C,h,w], t [B], y [B]) -> [B,C,h,w]`; thi
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeVar
 
 import pydantic
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from rae.config import Config
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+T = TypeVar("T", Tensor, float)
 
 
 def shift_factor(m: int, n: int = 4096) -> float:
@@ -25,7 +26,7 @@ def shift_factor(m: int, n: int = 4096) -> float:
     return math.sqrt(m / n)
 
 
-def shift_time(t: Tensor, a: float) -> Tensor:
+def shift_time(t: T, a: float) -> T:
     """t' = a t / (1 + (a - 1) t), the dimension-dependent shift of Sec. 4.2; a = 1 changes nothing."""
     return a * t / (1 + (a - 1) * t)
 
@@ -82,7 +83,10 @@ class Flow(Config):
 
     @classmethod
     def for_latents(cls, shape: tuple[int, int, int], base: int = 4096, **settings) -> "Flow":
-        """The flow for latents of a shape (C, h, w), with a = sqrt(C h w / base), at least 1 (Sec. 4.2)."""
+        """The flow for latents of a shape (C, h, w), with a = max(1, sqrt(C h w / base)) (Sec. 4.2).
+
+        Latents of fewer numbers than `base` are not shifted: a below 1 would spend the training times near the data.
+        """
         return cls(shift=max(1.0, shift_factor(math.prod(shape), base)), **settings)
 
     def times(self, u: Tensor) -> Tensor:
@@ -97,14 +101,15 @@ class Flow(Config):
         Returns:
             t [B] in [0, 1], float32.
         """
-        u = u.double()
+        device = u.device
+        u = u.to(device if device.type in ("cpu", "cuda") else "cpu", torch.float64)  # which not every device has
         if self.time_law == "uniform":
             t = self.t_max * u
         else:
             highest = (math.log(self.t_max / (1 - self.t_max)) - self.logit_mean) / self.logit_std
             z = torch.special.ndtri(u * torch.special.ndtr(torch.tensor(highest, dtype=u.dtype, device=u.device)))
             t = torch.sigmoid(self.logit_mean + self.logit_std * z).clamp(0, self.t_max)
-        return shift_time(t, self.shift).float()
+        return shift_time(t, self.shift).float().to(device)
 
     def loss(self, network: Network, x: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """mean over (C, h, w) of (network(x_t, t, y) - target)^2, with target v, x or noise by `prediction` (Eq. 2).
@@ -131,7 +136,7 @@ class Flow(Config):
         """
         if self.prediction == "v":
             return network
-        first, last = shift_time(torch.tensor([1 - self.t_max, self.t_max], dtype=torch.float64), self.shift).tolist()
+        first, last = (shift_time(t, self.shift) for t in (1 - self.t_max, self.t_max))
 
         def from_data(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             t = t.clamp(min=first)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rae.diffusion.flow import Network
+from rae.diffusion.model import DiffusionModel
 
 
 def drop_labels(y: Tensor, u: Tensor, probability: float, null_label: int) -> Tensor:
@@ -45,11 +46,13 @@ class CFG:
     def __post_init__(self):
         _check_interval(self.t_min, self.t_max)
 
-    def wrap(self, model) -> Network:
-        """Guide `model`, which must have a `null_label`."""
+    def wrap(self, model: DiffusionModel) -> Network:
+        """Guide `model`; at scale 1 it is the model itself."""
+        if self.scale == 1:
+            return model
 
         def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            inside = _inside(t, self.t_min, self.t_max)
+            inside = inside_interval(t, self)
             null = torch.full_like(y[inside], model.null_label)
             both = model(torch.cat([x, x[inside]]), torch.cat([t, t[inside]]), torch.cat([y, null]))
             v, v_weak = both[: len(x)], both[len(x) :]
@@ -70,7 +73,7 @@ class AutoGuidance:
         t_min, t_max: the interval.
     """
 
-    weak: Network
+    weak: DiffusionModel
     scale: float
     t_min: float = 0.0
     t_max: float = 1.0
@@ -78,11 +81,13 @@ class AutoGuidance:
     def __post_init__(self):
         _check_interval(self.t_min, self.t_max)
 
-    def wrap(self, model) -> Network:
-        """Guide `model` by `weak`."""
+    def wrap(self, model: DiffusionModel) -> Network:
+        """Guide `model` by `weak`; at scale 1 it is the model itself."""
+        if self.scale == 1:
+            return model
 
         def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            inside = _inside(t, self.t_min, self.t_max)
+            inside = inside_interval(t, self)
             v = model(x, t, y)
             v_weak = self.weak(x[inside], t[inside], y[inside]) if inside.any() else v[:0]
             return _extrapolate(v, v_weak, inside, self.scale)
@@ -90,8 +95,9 @@ class AutoGuidance:
         return velocity
 
 
-def _inside(t: Tensor, t_min: float, t_max: float) -> Tensor:
-    return (t >= t_min) & (t <= t_max)
+def inside_interval(t: Tensor, guidance: CFG | AutoGuidance) -> Tensor:
+    """Which of the times t [T] are guided [T]."""
+    return (t >= guidance.t_min) & (t <= guidance.t_max)
 
 
 def _extrapolate(v: Tensor, v_weak: Tensor, inside: Tensor, scale: float) -> Tensor:

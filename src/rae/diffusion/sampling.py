@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rae.diffusion.flow import Network, shift_time
-from rae.diffusion.guidance import CFG, AutoGuidance
+from rae.diffusion.guidance import CFG, AutoGuidance, inside_interval
 from rae.diffusion.model import DiffusionModel
 
 Grid = Literal["points", "calls"]
@@ -38,10 +38,8 @@ def time_grid(steps: int, shift: float, kind: Grid = "points", last: float = 0.0
         raise ValueError(f"unknown time grid {kind!r}; there are 'points' and 'calls'.")
     if steps < (2 if kind == "points" else 1):
         raise ValueError(f"{steps} steps are too few for the grid {kind!r}: it takes at least {2 - (kind == 'calls')}.")
-    if kind == "points":
-        t = 1 - torch.linspace(0, 1 - last, steps, dtype=torch.float64)
-    else:
-        t = 1 - torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    end, count = (1 - last, steps) if kind == "points" else (1, steps + 1)
+    t = 1 - torch.linspace(0, end, count, dtype=torch.float64, device="cpu")  # not every device has float64
     return shift_time(t, shift).float()
 
 
@@ -98,17 +96,23 @@ def dopri5(
     """Adaptive Dormand-Prince 5(4), each sample with steps of its own, so that none depends on its batch.
 
     A step is accepted where rms(error / (atol + rtol max(|x|, |x'|))) <= 1; the next one is 0.9 error^(-1/5) times as
-    long, within [0.2, 10]. Steps end on the grid points. Arguments as `euler`.
+    long, within [0.2, 10]. Steps end on the grid points. A step costs six calls: its first slope is the last one of the
+    step before it, or, after a rejected one, that one's own. Arguments as `euler`.
 
     At rtol 1e-3, the authors' setting, rounding errors of the start move results by several percent of their spread.
     """
     yield x
-    step = torch.full((len(x),), 0.01, dtype=torch.float64, device=x.device)
-    for start, end in times.double().unfold(0, 2, 1).tolist():
-        t = torch.full_like(step, start)
+    # times and steps are on the CPU: not every device has float64
+    times = times.to("cpu", torch.float64)
+    step = torch.full((len(x),), 0.01, dtype=torch.float64, device="cpu")
+    t = times[0].expand(len(x)).clone()
+    slope = velocity(x, _to(x, t), y)
+    for end in times[1:].tolist():
         while (active := (t > end).nonzero().flatten()).numel():
-            taken = torch.minimum(step[active], t[active] - end)
-            proposed, error = _dopri5_step(velocity, x[active], y[active], t[active], taken, rtol, atol)
+            taken, rows = torch.minimum(step[active], t[active] - end), active.to(x.device)
+            proposed, slope_there, error = _dopri5_step(
+                velocity, x[rows], y[rows], slope[rows], t[active], taken, rtol, atol
+            )
             if not (finite := error.isfinite()).all():
                 raise FloatingPointError(f"dopri5: the velocity is not finite near t = {t[active][~finite][0]:.4f}.")
             accepted = error <= 1
@@ -117,22 +121,31 @@ def dopri5(
             step[active] = torch.where(
                 accepted & (taken < step[active]), torch.maximum(step[active], taken * growth), taken * growth
             )
-            x = x.index_put((active[accepted],), proposed[accepted])
             reached = torch.where(taken >= t[active] - end, end, t[active] - taken)
             t[active] = torch.where(accepted, reached, t[active])
+            accepted = accepted.to(x.device)
+            x = x.index_put((rows[accepted],), proposed[accepted])
+            slope = slope.index_put((rows[accepted],), slope_there[accepted])
         yield x
 
 
-def _dopri5_step(velocity, x, y, t, step, rtol, atol) -> tuple[Tensor, Tensor]:
-    """One trial step of every sample: the proposed states, and their error over the tolerance, [B]."""
-    h = -step.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-    slopes = [velocity(x, t.to(x.dtype), y)]
+def _dopri5_step(velocity, x, y, slope, t, step, rtol, atol) -> tuple[Tensor, Tensor, Tensor]:
+    """One trial step of every sample: proposed states, their slopes, and [B] their error over the tolerance.
+
+    `slope` is that of x; t and step are float64 [B] on the CPU, as is the error.
+    """
+    h = _to(x, -step).reshape(-1, *[1] * (x.ndim - 1))
+    slopes = [slope]
     for row, node in zip(_DOPRI5, _DOPRI5_NODES):
         proposed = x + h * sum(a * k for a, k in zip(row, slopes))
-        slopes.append(velocity(proposed, (t - node * step).to(x.dtype), y))
+        slopes.append(velocity(proposed, _to(x, t - node * step), y))
     error = h * sum(e * k for e, k in zip(_DOPRI5_ERROR, slopes))
     scale = atol + rtol * torch.maximum(x.abs(), proposed.abs())
-    return proposed, (error / scale).flatten(1).double().square().mean(1).sqrt()
+    return proposed, slopes[-1], (error / scale).flatten(1).square().mean(1).sqrt().cpu().double()
+
+
+def _to(x: Tensor, t: Tensor) -> Tensor:
+    return t.to(x.dtype).to(x.device)  # in this order: the device may not have t's type
 
 
 # --- stochastic differential equation --------------------------------------------------------------------------------
@@ -252,20 +265,21 @@ def generate(
         rae: the autoencoder whose latents the model was trained on; another one is refused.
         labels: one class index or class name per image; None for images of no class (unconditional).
         seeds: one integer per image, in 0 .. 2^32 - 1 (all that torch's generator tells apart).
-        steps, grid: see `time_grid`; a stochastic sampler takes "points" only, and ends them at shift(0.04).
-        sampler: "euler", "heun", "dopri5", or, stochastic, "euler-maruyama", "heun-sde" (with a noiseless last step).
+        steps, grid: see `time_grid`; a stochastic sampler takes "points" only, and ends them at shift(0.04). "dopri5"
+            chooses its steps itself and takes the grid's end alone.
+        sampler: "euler", "heun", "dopri5" (float32 models only), or, stochastic, "euler-maruyama", "heun-sde" (with a
+            noiseless last step).
         guidance: None, `CFG(scale, t_min, t_max)` or `AutoGuidance(weak, scale, t_min, t_max)`.
         batch_size: images at a time.
 
     Raises:
         ValueError: an argument that does not fit the others; at the call, before anything is computed.
+        TypeError: labels or seeds that are no integers, another guidance than these.
     """
+    if len(seeds) == 0:
+        raise ValueError("no seeds: give one integer per image.")
     model.check_autoencoder(rae)
-    if isinstance(guidance, AutoGuidance):
-        guidance.weak.check_autoencoder(rae)
-        guidance.weak.check_classes(model)
-    if isinstance(guidance, CFG) and labels is None:
-        raise ValueError("CFG moves away from images of no class, so without labels it does nothing; use AutoGuidance.")
+    _check_guidance(model, rae, guidance, labels)
     if sampler not in ODE_SAMPLERS and sampler not in SDE_SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}; there are {', '.join([*ODE_SAMPLERS, *SDE_SAMPLERS])}.")
     if sampler in SDE_SAMPLERS and grid != "points":
@@ -277,15 +291,54 @@ def generate(
     y = model.label_indices(labels) if labels is not None else torch.full((len(seeds),), model.null_label)
     if len(y) != len(seeds):
         raise ValueError(f"{len(y)} labels and {len(seeds)} seeds; give one of each per image.")
-    velocity = guidance.wrap(model) if guidance else model
+    velocity = model if guidance is None else guidance.wrap(model)
     # a stochastic sampler stops where its last step begins (0.04 before the shift, as the authors' code)
-    times = (
-        time_grid(steps, model.flow.shift, grid)
-        if sampler in ODE_SAMPLERS
-        else time_grid(steps, model.flow.shift, "points", last=0.04)
-    )
+    times = time_grid(steps, model.flow.shift, grid, **{"last": 0.04} if sampler in SDE_SAMPLERS else {})
+    if sampler == "dopri5":
+        times = times[[0, -1]]
+        _check_precision(model, guidance)
+    elif guidance is not None:
+        _check_interval(guidance, times[:-1] if sampler == "euler" else times)
     seeds = torch.tensor([operator.index(seed) for seed in seeds], dtype=torch.int64)
     return _generate(model, rae, velocity, sampler, times, y, seeds, batch_size)
+
+
+def _check_guidance(model: DiffusionModel, rae, guidance: CFG | AutoGuidance | None, labels) -> None:
+    if not isinstance(guidance, CFG | AutoGuidance | None):
+        raise TypeError(f"guidance {guidance!r} is none; give CFG(scale, ...), AutoGuidance(weak, scale, ...) or None.")
+    if isinstance(guidance, AutoGuidance):
+        if not isinstance(guidance.weak, DiffusionModel):
+            raise TypeError(f"the guiding model is a {type(guidance.weak).__name__}; it must be a DiffusionModel.")
+        guidance.weak.check_autoencoder(rae)
+        guidance.weak.check_classes(model)
+    if isinstance(guidance, CFG) and labels is None:
+        raise ValueError("CFG moves away from images of no class, so without labels it does nothing; use AutoGuidance.")
+    if model.config.drop_labels == 0 and model.null_label > 0 and (isinstance(guidance, CFG) or labels is None):
+        raise ValueError(
+            "this model was trained with drop_labels 0, so it never learnt images of no class, which "
+            f"{'CFG needs; use AutoGuidance' if labels is not None else 'labels=None asks for; give labels'}, or train "
+            "with drop_labels: 0.1."
+        )
+
+
+def _check_precision(model: DiffusionModel, guidance: CFG | AutoGuidance | None) -> None:
+    models = [model, guidance.weak] if isinstance(guidance, AutoGuidance) else [model]
+    if rounded := [m.dtype for m in models if m.dtype != torch.float32]:
+        raise ValueError(
+            f"dopri5 with a model in {rounded[0]}: its rounding errors would be taken for the method's own, and steps "
+            "shrink without end; load the model with dtype=torch.float32 (--precision fp32), or take euler or heun."
+        )
+
+
+def _check_interval(guidance: CFG | AutoGuidance, times: Tensor) -> None:
+    """The interval must hold one of the times at which the model is asked."""
+    if not inside_interval(times, guidance).any():
+        nearest = min(times.tolist(), key=lambda t: max(guidance.t_min - t, t - guidance.t_max))
+        raise ValueError(
+            f"none of the {len(times)} times at which the model is asked is in the guidance interval "
+            f"[{guidance.t_min}, {guidance.t_max}], so it would do nothing; the nearest is {nearest:.4f}. Widen the "
+            "interval or take more steps."
+        )
 
 
 @torch.no_grad()

@@ -60,4 +60,6 @@ def _checked(images: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
         low, high = (v.item() for v in x.aminmax())
         if not (low >= 0 and high <= 1):  # NaN lands here too
             raise ValueError(f"{name} are in [{low:.4g}, {high:.4g}], not in [0, 1]; clamp a decoder's output first.")
-    return images.double(), references.double()  # variances as differences of moments need float64
+    # variances as differences of moments need float64, which not every device has
+    device = images.device if images.device.type in ("cpu", "cuda") else "cpu"
+    return images.to(device, torch.float64), references.to(device, torch.float64)
