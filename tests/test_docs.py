@@ -64,7 +64,8 @@ def test_links_lead_somewhere():
 
 def keys(schema: type[Config]) -> Iterator[str]:
     """The lines of the schema's own source, as annotated YAML: sections nested, defaults and comments kept."""
-    lines = inspect.getsource(schema).splitlines()
+    classes = [part for part in reversed(schema.__mro__) if issubclass(part, Config) and part is not Config]
+    lines = [line for part in classes for line in inspect.getsource(part).splitlines()]
     for line, following in zip(lines, [*lines[1:], ""]):
         field = re.fullmatch(r"    (\w+): (.+?)(?:  # (.*))?", line)
         if not field or field[1] not in schema.model_fields:
