@@ -1,6 +1,7 @@
 """Schedules against their formulas, EMA against its closed form, Muon and AdamW against torch, durations as a table."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -88,6 +89,25 @@ def test_ema_is_the_weighted_sum_of_all_weights():
 def test_ema_longer_than_the_run_is_said():
     assert ema_warning(0.99, 100) is None
     assert "averages over 10,000 steps, the run has 1,000: 90% of the" in ema_warning(0.9999, 1000)
+
+
+@pytest.mark.parametrize("steps", [1, 10, 19, 20, 300, 1_000_000])
+def test_the_ema_that_is_advised_can_be_taken(steps):
+    warning = ema_warning(1 - 1e-9, steps)
+    if steps < 20:
+        assert "too short to average over: lengthen run.duration" in warning
+    else:
+        advised = float(re.search(r"optim\.ema=(\S+) ", warning)[1])
+        assert 1 / (1 - OptimConfig(lr=1, ema=advised).ema) == pytest.approx(steps / 10, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("betas", [0.9, 1.5]), ("betas", [-0.1, 0.9]), ("betas", [0.9, 1]), ("momentum", -1), ("momentum", 1), ("ema", 1)],
+)
+def test_decays_outside_0_to_1_are_refused(key, value):
+    with pytest.raises(ConfigError, match=rf"{key}(\.\d)?: Input should be (less|greater) than (or equal to )?[01] "):
+        parse(OptimConfig, {"lr": 1.0, "ema": 0.9} | {key: value}, "recipe")
 
 
 class Blocks(nn.Module):

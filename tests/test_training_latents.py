@@ -6,8 +6,11 @@ import torch
 from PIL import Image
 
 from rae.autoencoder.latents import LatentStats
+from rae.config import ConfigError
 from rae.data.images import DataConfig, ImageError, open_images, to_unit
-from rae.training.latents import cache_tokens, latent_statistics
+from rae.processes import ProcessError, accelerator
+from rae.training.display import progress
+from rae.training.latents import cache_tokens, check_crop, latent_statistics
 
 
 @pytest.fixture
@@ -51,3 +54,19 @@ def test_images_that_took_the_place_of_unreadable_ones_are_named(folder, capsys)
     assert "1.png cannot be read" in printed
     assert "4.png cannot be read" in printed
     assert "2.png cannot be read" not in printed
+
+
+def test_random_crops_cannot_be_kept():
+    check_crop("tokens", DataConfig(source="digits"))
+    with pytest.raises(ConfigError, match=r"tokens: memory .* data\.crop: random never ends; set tokens: online"):
+        check_crop("tokens", DataConfig(source="digits", crop="random"))
+
+
+def test_nothing_is_computed_by_processes_that_do_not_see_each_other(folder, monkeypatch):
+    accelerator()  # alone, as accelerate finds it where the launcher's variables are set too late
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    data = DataConfig(source=str(folder), on_broken="skip")
+    with pytest.raises(ProcessError, match="the launcher started 2 processes, and this one sees 1"):
+        latent_statistics(lambda x: x, (3, 4, 6), open_images(folder), data, (4, 6))
+    with pytest.raises(ProcessError, match="the launcher started 2 processes"), progress("images", 3):
+        pass

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rae.data.images import to_bytes
+from rae.processes import process_state
 
 
 @contextlib.contextmanager
@@ -24,7 +24,7 @@ def progress(
     Yields:
         advance(done, note): `done` of `total` images are done.
     """
-    console = console or Console(stderr=True, quiet=not PartialState().is_main_process)
+    console = console or Console(stderr=True, quiet=not process_state().is_main_process)
     begun = last = time.monotonic()
 
     def speed(done: int) -> str:

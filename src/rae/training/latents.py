@@ -4,7 +4,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -12,11 +12,12 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from rich.markup import escape
 
+from rae import processes
 from rae.autoencoder.encoders import Encoder
 from rae.autoencoder.latents import LatentStats
 from rae.autoencoder.rae import RAE
 from rae.config import ConfigError
-from rae.data.images import DataConfig, Images, Views, loader, to_unit
+from rae.data.images import DataConfig, Images, Views, loader, readable, to_unit
 from rae.data.order import image_index, mirrored
 from rae.training.display import progress
 
@@ -46,15 +47,12 @@ def latent_statistics(
         batch: images at a time; the result does not depend on it (beyond float64 rounding of float32 latents).
         accelerator: shares the images among its processes.
     """
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or processes.accelerator()
     rank, world = accelerator.process_index, accelerator.num_processes
     stats, share = LatentStats(shape), range(rank, len(images), world)
-    chunks = [share[start : start + batch] for start in range(0, len(share), batch)]
     with progress("latent statistics", len(share)) as advance:
-        for chunk, items in zip(chunks, loader(Views(images, data, size), chunks, data)):
-            own = items["index"] == torch.tensor(chunk)  # not another image, read in the place of a broken one
-            if own.any():
-                stats.update(encode(to_unit(items["image"][own].to(accelerator.device))))
+        for items in readable(images, data, size, share, batch=batch, left_out=lambda _: None):
+            stats.update(encode(to_unit(items["image"].to(accelerator.device))))
             advance(stats.count)
     if world == 1:
         return stats
@@ -83,6 +81,12 @@ class LatentCache(NamedTuple):
         return self.latents[view, index], self.labels[index]
 
 
+def check_crop(what: Literal["tokens", "latents"], data: DataConfig) -> None:
+    """Raise ConfigError unless `what` can be kept in memory: random crops have no end."""
+    if data.crop == "random":
+        raise ConfigError(f"{what}: memory holds each image once, data.crop: random never ends; set {what}: online.")
+
+
 def cache_latents(rae: RAE, images: Images, data: DataConfig, *, batch: int = 64) -> LatentCache:
     """Encode every image once, centre-cropped, and mirrored as well if `data.flip`.
 
@@ -103,7 +107,7 @@ def cache_tokens(
 
 @torch.no_grad()
 def _cache(
-    what: str,
+    what: Literal["tokens", "latents"],
     encode: Callable[[torch.Tensor], torch.Tensor],
     shape: tuple[int, ...],
     images: Images,
@@ -112,8 +116,7 @@ def _cache(
     batch: int,
     device: torch.device,
 ) -> LatentCache:
-    if data.crop == "random":
-        raise ConfigError(f"{what}: memory holds each image once, data.crop: random never ends; set {what}: online.")
+    check_crop(what, data)
     shape = (1 + data.flip, len(images), *shape)
     needed, memory = 4 * math.prod(shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > 0.8 * memory:

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, model_validator
@@ -13,6 +13,7 @@ from rae.config import Config
 from rae.training.durations import Duration
 
 Groups = Mapping[str, Sequence[tuple[str, nn.Parameter]]]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimConfig(Config):
@@ -29,11 +30,11 @@ class OptimConfig(Config):
     warmup: Duration = "0st"
     warmup_from_zero: bool = True  # false: hold `lr` until the end of the warm-up
     decay_end: Duration = "100%"
-    betas: tuple[float, float] = (0.9, 0.95)
-    momentum: float = 0.95  # Muon's
+    betas: tuple[Decay, Decay] = (0.9, 0.95)  # AdamW's
+    momentum: Decay = 0.95  # Muon's
     weight_decay: float = Field(0.0, ge=0)
     clip: PositiveFloat | None = 1.0  # largest norm of all gradients together; None = no clipping
-    ema: float = Field(ge=0, lt=1)  # decay of the weights' moving average, the weights that are saved
+    ema: Decay  # decay of the weights' moving average, the weights that are saved
 
     @model_validator(mode="after")
     def _consistent(self) -> "OptimConfig":
@@ -144,8 +145,10 @@ def ema_warning(decay: float, steps: int) -> str | None:
     horizon = 1 / (1 - decay)
     if horizon <= steps:
         return None
+    advice = "It is too short to average over: lengthen run.duration."
+    if steps >= 20:
+        advice = f"optim.ema={1 - 10 / steps:.6g} would average over a tenth of the run."
     return (
         f"EMA with decay {decay:g} averages over {horizon:,.0f} steps, the run has {steps:,}: {decay**steps:.0%} of "
-        "the saved weights will be the random ones of the start. "
-        f"optim.ema={max(0.0, 1 - 10 / steps):.3g} would average over a tenth of the run."
+        f"the saved weights will be the random ones of the start. {advice}"
     )
