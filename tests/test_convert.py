@@ -93,6 +93,18 @@ def test_stage2_is_bound_to_the_latents_it_belongs_to(tmp_path, encoder, decoder
     assert not (tmp_path / "bound").exists()
 
 
+@pytest.mark.parametrize(("shift", "warned"), [(1.0, False), (1.0005, False), (1.1, True), (6.928, True)])
+def test_the_shift_of_the_latents_stands_beside_the_one_given(tmp_path, monkeypatch, shift, warned):
+    monkeypatch.chdir(tmp_path)
+    torch.save(load_file(GOLDEN / "ditdh_qknorm" / "weights.safetensors"), "[red].pt")
+    console = Console(file=(page := io.StringIO()), width=120)
+    convert("[red].pt", "out", shift=shift, time_law="uniform", weights="model", console=console)
+    # 16 x 4 x 4 numbers, fewer than 4096
+    assert f"{shift:.4f}, where sqrt(C h w / 4096), at least 1, is 1.0000" in page.getvalue()
+    assert ("is not the one of these latents" in page.getvalue()) == warned
+    assert "[red].pt => out" in page.getvalue()
+
+
 def test_what_no_file_holds_is_asked_for_and_the_rest_refused(tmp_path, encoder, decoder_file, stat_file):
     out = tmp_path / "out"
     with pytest.raises(ConversionError, match="does not hold its encoder, image_size, statistics; give them"):

@@ -108,8 +108,36 @@ def test_missing_unexpected_and_misshapen_keys_are_named(save, decoder_weights):
         convert(**{"decoder_embed.weight": None})
     with pytest.raises(ConversionError, match="12 tokens are not a square grid"):
         convert(decoder_pos_embed=torch.zeros(1, 13, 48))
-    with pytest.raises(ConversionError, match="no 'ema' weights; it has 'model'"):
-        convert_decoder(save({"model": decoder_weights}), heads=3)
+    for content in ({"model": decoder_weights}, {"model": decoder_weights, "ema": None}):
+        with pytest.raises(ConversionError, match=r"no 'ema' weights; it has 'model'\. Take those: --weights model"):
+            convert_decoder(save(content), heads=3)
+    with pytest.raises(ConversionError, match=r"no 'model' weights; it has 'ema', 'step'\. .*--weights ema"):
+        convert_decoder(save({"ema": decoder_weights, "step": 3}), heads=3, weights="model")
+    with pytest.raises(ConversionError, match=r"no 'ema' weights; it has 'model'\.$"):
+        convert_decoder(save({"model": torch.zeros(2), "ema": None}), heads=3)
+    with pytest.raises(ConversionError, match="0 in the state dict are no tensors with names"):
+        convert_decoder(save({0: torch.zeros(2)}), heads=3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(save, decoder_weights, ditdh_weights, value):
+    decoder_weights["decoder_layers.0.attention.attention.key.weight"][3, 5] = value
+    with pytest.raises(ConversionError, match=r"1 tensors hold .* not finite: decoder_layers\.0\.att.*\.key\.weight"):
+        convert_decoder(save(decoder_weights), heads=3)
+    ditdh_weights["dec_feat_rope.freqs_sin"][0, 0] = value
+    with pytest.raises(ConversionError, match=r"dec_feat_rope\.freqs_sin .* is not the rotary table"):
+        convert_stage2(save(ditdh_weights), flow=FLOW)
+
+
+def test_files_of_an_older_torch_are_read(tmp_path, decoder_weights):
+    torch.save(decoder_weights, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    torch.save(decoder_weights, tmp_path / "new.pt")
+    assert equal(*(convert_decoder(tmp_path / name, heads=3) for name in ("old.pt", "new.pt")))
+    whole = (tmp_path / "old.pt").read_bytes()
+    for count in (0, 1, 10, 100, 1000, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut.pt").write_bytes(whole[:count])
+        with pytest.raises(ConversionError, match=r"cut\.pt"):
+            read_file(tmp_path / "cut.pt")
 
 
 # --- stage 2 ---------------------------------------------------------------------------------------------------------
@@ -130,6 +158,8 @@ def test_dit_with_patches(save):
     weights = load_file(GOLDEN / "dit_patch2" / "weights.safetensors")
     config = convert_stage2(save(weights), flow=FLOW).config.network
     assert (config.kind, config.patch_size, config.grid, config.width) == ("dit", 2, (8, 8), 32)
+    with pytest.raises(ConversionError, match="a DiT without a head, to which head_depth=1 does not apply"):
+        convert_stage2(save(weights), flow=FLOW, head_depth=1)
     assert config.allow_narrow  # 32 wide, 64 numbers in a token: it exists, so it can be converted
 
 
@@ -170,6 +200,7 @@ def test_statistics(save):
         ({"mean": mean}, "not the 'mean' and 'var'"),
         ({"mean": mean, "var": var[0]}, r"mean \[3, 2, 2\] and var \[2, 2\]"),
         ({"mean": mean, "var": -var}, "a variance is negative"),
+        ({"mean": mean, "var": None}, "not the 'mean' and 'var'"),
     ):
         with pytest.raises(ConversionError, match=message):
             read_statistics(save(wrong))

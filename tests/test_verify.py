@@ -5,17 +5,20 @@ tests/golden is a part of the fixtures, computed with github.com/bytetriper/RAE 
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from rae.cli import rae
 from rae.interop import cases, fixtures
 from rae.interop.fixtures import FixtureError
-from rae.interop.verify import print_report, verify
+from rae.interop.verify import Outcome, Report, print_report, verify
 
 GOLDEN = Path(__file__).parent / "golden"
 NOT_BUILT = {"adaptive_weight", "gan_losses"}
@@ -116,6 +119,62 @@ def test_folders_that_are_no_fixtures_are_refused(tmp_path):
     (folder / "case.json").write_text(json.dumps(content))
     with pytest.raises(FixtureError, match="not a complete case: KeyError 'tolerance'"):
         verify(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("tensors.safetensors", lambda data: data[: len(data) // 2]),
+        ("tensors.safetensors", lambda data: b""),
+        ("case.json", lambda data: data[: len(data) // 2]),
+        ("case.json", lambda data: b"\xff\xfe"),
+        ("case.json", lambda data: b"[]"),
+        ("case.json", lambda data: data.replace(b'"role": "output"', b'"role": "input"')),
+        ("case.json", lambda data: re.sub(rb'"tensors": *{', b'"tensors": {"x": 1, ', data)),
+        ("case.json", lambda data: re.sub(rb'"tolerance": *{', b'"tolerance": [], "was": {', data)),
+        ("case.json", lambda data: re.sub(rb'"default": *[^,}]*', b'"default": "low"', data)),
+    ],
+)
+def test_damaged_cases_are_named(tmp_path, file, damage):
+    path = copy_case("metrics", tmp_path) / file
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(FixtureError, match=str(tmp_path / "metrics")):
+        verify(tmp_path)
+
+
+def test_exit_status_of_the_command(tmp_path, monkeypatch):
+    def status(folder) -> int:
+        result = CliRunner().invoke(rae, ["verify", str(folder)])
+        assert "Traceback" not in result.output
+        return result.exit_code
+
+    copy_case("metrics", tmp_path)
+    assert status(tmp_path) == 0
+    assert status(tmp_path / "nowhere") == 1
+
+    def absent(case):
+        raise cases.NotBuilt("not built yet")
+
+    monkeypatch.setitem(cases.CASES, "metrics", absent)
+    assert status(tmp_path) == 2
+    monkeypatch.setitem(cases.CASES, "metrics", lambda case: {})
+    assert status(tmp_path) == 1
+    (tmp_path / "metrics/tensors.safetensors").write_bytes(b"half")
+    assert status(tmp_path) == 1
+
+
+def test_names_are_whole_in_a_narrow_terminal(tmp_path):
+    name = "encoder_siglip2_posinterp[bold]"
+    copy_case("metrics", tmp_path).rename(tmp_path / name)
+    copy_case("encoder_dinov2_posinterp", tmp_path)
+    report = verify(tmp_path)
+    outcome = Outcome("gan_losses", problem="no [red] part", built=False)
+    print_report(Report((*report.outcomes, outcome)), Console(width=80, file=(page := io.StringIO())))
+    for text in (name, "encoder_dinov2_posinterp", "gan_losses"):
+        assert f"│ {text} " in page.getvalue()
+    assert max(map(len, page.getvalue().splitlines())) <= 80
+    print_report(Report((outcome,)), Console(width=200, file=(page := io.StringIO())))
+    assert "no [red] part" in page.getvalue()
 
 
 def test_variants_find_the_function_of_their_kind():

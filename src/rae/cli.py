@@ -291,9 +291,13 @@ def verify(context: click.Context, folder: Path) -> None:
 
     Exit status: 0 all passed, 1 one is past its tolerance, 2 one is about a part that is not built yet.
     """
-    from rae.interop.verify import print_report, verify
+    from rae.interop.verify import FixtureError, print_report, verify
 
-    report = verify(folder)
+    try:
+        report = verify(folder)
+    except FixtureError as error:  # 2 would say something else
+        click.secho(f"error: {error}", fg="red", err=True)
+        context.exit(1)
     print_report(report)
     context.exit(report.exit_status)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -60,16 +61,16 @@ def convert(
     Raises:
         ConversionError: a foreign or damaged file, or something that is needed and not given, or given and not used.
     """
-    console, out = console or Console(), Path(out)
+    console, out = console or Console(), Path(out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConversionError(f"{out} exists and is not an empty folder; give another one.")
-    with console.status(f"reading {path}"):
+    with console.status(escape(f"reading {path}")):
         kind = detect(path, weights)
     of_decoder = {"encoder": encoder, "image_size": image_size, "statistics": statistics}
     of_stage2 = {"shift": shift, "time_law": time_law}
     if kind == "stage 2":
         _check_given(path, kind, needed=of_stage2, foreign=of_decoder | {"heads": heads})
-        with console.status(f"converting {path}"):
+        with console.status(escape(f"converting {path}")):
             bound_to = RAE.from_pretrained(autoencoder) if autoencoder else None
             model = convert_stage2(
                 path,
@@ -83,10 +84,10 @@ def convert(
     else:
         foreign = of_stage2 | {"autoencoder": autoencoder, "head_depth": head_depth}
         _check_given(path, kind, needed=of_decoder, foreign=foreign)
-        with console.status(f"converting {path}"):
+        with console.status(escape(f"converting {path}")):
             decoder = convert_decoder(path, weights=weights, heads=heads)
             stats = None if statistics == "none" else read_statistics(statistics)
-        with console.status(f"loading the encoder {encoder}"):
+        with console.status(escape(f"loading the encoder {encoder}")):
             model = RAE(load_encoder(encoder, image_size=image_size), decoder, stats)
         if model.encoder.grid != decoder.config.grid:
             raise ConversionError(
@@ -95,9 +96,15 @@ def convert(
             )
         if kind == "autoencoder":
             _check_encoder(read_weights(path, weights), model.encoder, path)
-    with console.status(f"writing {out}"):
+    with console.status(escape(f"writing {out}")):
         model.save_pretrained(out)
     console.print(_summary(path, kind, model, out))
+    if kind == "stage 2" and abs(shift / _usual_shift(model) - 1) > 1e-3:
+        console.print(
+            f"The shift {shift:g} is not the one of these latents, {_usual_shift(model):.4f}; samples suffer unless it "
+            "was trained with it.",
+            style="yellow",
+        )
     return model
 
 
@@ -147,19 +154,25 @@ def _digest(tensor: Tensor) -> bytes:
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).digest()
 
 
+def _usual_shift(model: DiffusionModel) -> float:
+    return Flow.for_latents(model.latent_shape).shift
+
+
 def _summary(path: str | Path, kind: Kind, model: RAE | DiffusionModel, out: Path) -> Table:
-    table = Table(title=f"{path} => {out}", show_header=False)
+    table = Table(title=escape(f"{path} => {out}"), show_header=False)
     parameters = sum(p.numel() for p in (model.decoder if isinstance(model, RAE) else model).parameters())
     table.add_row("kind", kind)
     table.add_row("parameters", f"{parameters:,}" + (" (decoder)" if isinstance(model, RAE) else ""))
     table.add_row("latents (C, h, w)", str(model.latent_shape))
     if isinstance(model, RAE):
-        table.add_row("encoder", f"{model.encoder.config.name}, images of {model.image_size} pixels")
+        table.add_row("encoder", escape(f"{model.encoder.config.name}, images of {model.image_size} pixels"))
         table.add_row("statistics", "none: not standardised" if model.latent_mean is None else "included")
         table.add_row("latent identity", model.latent_identity[:12])
     else:
         identity = model.config.latent_identity
-        table.add_row("shift", f"{model.flow.shift:.3f}")
+        table.add_row(
+            "shift", f"{model.flow.shift:.4f}, where sqrt(C h w / 4096), at least 1, is {_usual_shift(model):.4f}"
+        )
         table.add_row("bound to latents", identity[:12] if identity else "none: it takes any of this shape")
     for file in sorted(p for p in out.rglob("*") if p.is_file()):
         table.add_row(str(file.relative_to(out)), f"{file.stat().st_size / 2**20:.1f} MiB")

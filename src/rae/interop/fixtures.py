@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -50,26 +51,25 @@ class Case:
 
     @classmethod
     def read(cls, folder: Path) -> "Case":
-        """Raises FixtureError if a file or an entry of case.json is missing."""
+        """Raises FixtureError if a file or an entry of case.json is missing or damaged."""
         try:
             content = json.loads((folder / "case.json").read_text())
             tensors = load_file(folder / "tensors.safetensors")
             roles = {name: entry["role"] for name, entry in content["tensors"].items()}
-            if "output" not in roles.values():
-                raise FixtureError(
-                    f"{folder}: case.json names no tensor of role 'output', so there is nothing to check."
-                )
-            return cls(
+            case = cls(
                 kind=content["case"],
                 folder=folder,
                 hyper=content["hyperparameters"],
                 inputs={name: tensors[name] for name, role in roles.items() if role == "input"},
                 expected={name: tensors[name] for name, role in roles.items() if role == "output"},
-                default_limit=content["tolerance"]["default"],
-                limits=content["tolerance"].get("per_tensor", {}),
+                default_limit=float(content["tolerance"]["default"]),
+                limits={name: float(limit) for name, limit in content["tolerance"].get("per_tensor", {}).items()},
             )
-        except (OSError, KeyError, json.JSONDecodeError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, AttributeError, TypeError) as error:
             raise FixtureError(f"{folder} is not a complete case: {type(error).__name__} {error}.") from error
+        if not case.expected:
+            raise FixtureError(f"{folder}: case.json names no tensor of role 'output', so there is nothing to check.")
+        return case
 
     @property
     def latent_statistics(self) -> tuple[Tensor, Tensor]:

@@ -16,12 +16,12 @@ never guessed. A missing, unexpected or misshapen key is an error. This is the o
 import math
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -94,12 +94,13 @@ def read_file(path: str | Path) -> dict:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # files of torch before 1.6 are no archives, and cannot be mapped
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         call = re.search(r"GLOBAL (\S+)", str(error))
         what = f"calls {call[1]} when it is opened" if call else "is not a file of tensors by torch"
         raise ConversionError(f"{path} {what}; only tensors in plain containers are read.") from error
-    except (RuntimeError, OSError, EOFError, SafetensorError) as error:
+    except Exception as error:  # a damaged pickle may end in any
         raise ConversionError(f"{path} is damaged, cut short or not a torch file: {error}") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors.")
@@ -118,13 +119,16 @@ def read_weights(path: str | Path, weights: Weights = "ema") -> StateDict:
     """
     content = read_file(path)
     if content.keys() & {"model", "ema"}:
-        if weights not in content:
-            raise ConversionError(f"{path} has no {weights!r} weights; it has {', '.join(map(repr, content))}.")
+        if not isinstance(content.get(weights), dict):
+            other = "model" if weights == "ema" else "ema"
+            remedy = f" Take those: --weights {other}." if isinstance(content.get(other), dict) else ""
+            has = ", ".join(repr(key) for key, value in content.items() if value is not None)
+            raise ConversionError(f"{path} has no {weights!r} weights; it has {has}.{remedy}")
         content = content[weights]
-    others = [key for key, value in content.items() if not isinstance(value, Tensor)]
+    others = [key for key, value in content.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if others:
         raise ConversionError(
-            f"{path}: {_some(others)} in the state dict are no tensors; this is another kind of file."
+            f"{path}: {_some(others)} in the state dict are no tensors with names; this is another kind of file."
         )
     return {re.sub(r"^((module|_orig_mod)\.)+", "", key): value.float() for key, value in content.items()}
 
@@ -136,7 +140,7 @@ def read_statistics(path: str | Path) -> tuple[Tensor, Tensor]:
         ConversionError: other keys, shapes that differ or are not [C,h,w], a negative variance.
     """
     content = read_file(path)
-    if set(content) != {"mean", "var"}:
+    if set(content) != {"mean", "var"} or not all(isinstance(value, Tensor) for value in content.values()):
         raise ConversionError(f"{path} holds {_some(content)}, not the 'mean' and 'var' of latent statistics.")
     mean, var = (content[key].float() for key in ("mean", "var"))
     if mean.ndim != 3 or mean.shape != var.shape:
@@ -261,6 +265,8 @@ def convert_stage2(
     token_grid = _square(_shape(state, "pos_embed", 3, path)[1], path)
     depth = _count(state, r"blocks\.(\d+)\.")
     head = {}
+    if not is_dh and head_depth is not None:
+        raise ConversionError(f"{path} is a DiT without a head, to which head_depth={head_depth} does not apply.")
     if is_dh:
         head_width = _shape(state, "x_embedder.proj.weight", 4, path)[0]
         if head_depth is None:
@@ -301,7 +307,7 @@ def _pop_heads(state: StateDict, name: str, width: int, token_grid: tuple[int, i
     for key, expected in ((f"{name}.freqs_cos", angles.cos()), (f"{name}.freqs_sin", angles.sin())):
         found = state.pop(key, torch.empty(0))
         # the tables' own rounding, in half precision too; another frequency or grid is off by the order of 1
-        if found.shape != expected.shape or (found - expected).abs().max() > 1e-2:
+        if found.shape != expected.shape or not (found - expected).abs().max() <= 1e-2:  # NaN is no table either
             raise ConversionError(
                 f"{path}: {key} {list(found.shape)} is not the rotary table of a {token_grid[0]} x {token_grid[1]} "
                 f"grid with head dimension {head_dim}; the model was trained with another rotary embedding than ours."
@@ -338,6 +344,12 @@ def _load(module: nn.Module, state: StateDict, table: KeyTable, path: str | Path
         raise ConversionError(
             f"{path}: {len(misshapen)} tensors of other shapes: {_some(misshapen)}. The sizes in the file contradict "
             "each other, or it was made with other options (MLP ratio, modulation without shift)."
+        )
+    wild = [name for ours, pieces in filled.items() for name, x in zip(sources[ours], pieces) if not x.isfinite().all()]
+    if wild:
+        raise ConversionError(
+            f"{path}: {len(wild)} tensors hold values that are not finite: {_some(wild)}. The file is damaged, or its "
+            "training diverged; take an earlier one, or the other of --weights ema and model."
         )
     module.load_state_dict({ours: torch.cat(pieces) for ours, pieces in filled.items()})
     return module
@@ -379,8 +391,8 @@ def _square(tokens: int, path: str | Path) -> tuple[int, int]:
     return side, side
 
 
-def _some(names: Iterable[str]) -> str:
+def _some(names: Iterable[object]) -> str:
     """Up to three names, and how many more there are."""
-    names = list(names)
+    names = [str(name) for name in names]
     shown = ", ".join(names[:3])
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown or "none"

@@ -90,23 +90,26 @@ def verify(folder: str | Path) -> Report:
 def print_report(report: Report, console: Console | None = None) -> None:
     """A table with the error of every case, of the output nearest to its limit, and one line that sums it up."""
     console = console or Console()
-    table = Table("case", title="parity with the reference")
+    table = Table(title="parity with the reference")
+    # a narrow terminal folds the other columns: the case is what one looks for
+    table.add_column("case", no_wrap=True, min_width=max(len(outcome.case) for outcome in report.outcomes))
     for header in ("outputs", "error", "limit"):
-        table.add_column(header, justify="right")
+        table.add_column(header, justify="right", overflow="fold")
     for header in ("of the output nearest its limit", "seconds", "result"):
-        table.add_column(header)
+        table.add_column(header, overflow="fold")
     for outcome in report.outcomes:
         if outcome.problem is not None:
-            result = f"[red]failed[/]: {escape(outcome.problem)}" if outcome.built else f"[yellow]{outcome.problem}[/]"
-            table.add_row(outcome.case, "", "", "", "", "", result)
+            problem = escape(outcome.problem)
+            result = f"[red]failed[/]: {problem}" if outcome.built else f"[yellow]{problem}[/]"
+            table.add_row(escape(outcome.case), "", "", "", "", "", result)
             continue
         worst = outcome.worst
         table.add_row(
-            outcome.case,
+            escape(outcome.case),
             str(len(outcome.measured)),
             f"{worst.error:.1e}",
             f"{worst.limit:.0e}" if worst.limit else "exact",
-            worst.tensor,
+            escape(worst.tensor),
             f"{outcome.seconds:.1f}",
             "[green]passed[/]" if outcome.passed else "[red]past tolerance[/]",
         )
