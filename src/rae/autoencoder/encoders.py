@@ -321,7 +321,10 @@ def _read_shape(folder: Path) -> tuple[str, dict[str, Any]]:
 
 def _read_normalisation(folder: Path) -> tuple[Sequence[float], Sequence[float]]:
     path = folder / "preprocessor_config.json"
-    remedy = "give encoder.mean=[r,g,b] encoder.std=[r,g,b], in Python mean=(r, g, b) and std=(r, g, b)."
+    remedy = (
+        'write {"image_mean": [r, g, b], "image_std": [r, g, b]} into it, or give encoder.mean=[r,g,b] '
+        "encoder.std=[r,g,b] in the recipe, mean=(r, g, b) and std=(r, g, b) in Python."
+    )
     if not path.is_file():
         raise SourceError(f"{path} is missing, so mean and std of the input are unknown; {remedy}")
     try:
