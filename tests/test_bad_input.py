@@ -339,7 +339,8 @@ def test_full_disk_while_saving_statistics(runs, refused, tmp_path):
     out = ["--image-size", 16, "--enlarge", "--out", tmp_path / "stats.safetensors"]
     with full_disk(500):
         output = refused("stats", runs / "encoder", "digits", *out)
-    assert "Make room and run the same command again" in output
+    assert f"os error {errno.EFBIG}). Make room and run the same command again" in output
+    assert not list(tmp_path.iterdir())
 
 
 def interrupt(command: list, when) -> tuple[int, str]:
