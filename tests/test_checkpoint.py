@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from rae.folders import find_folder
 from rae.training.checkpoint import (
     CheckpointError,
     checkpoints,
@@ -52,7 +53,7 @@ def save(run: Path, images: int, model, optimizers, keep: int = 2) -> Path:
     def write(folder: Path) -> None:
         save_training_state(folder / "train", model, optimizers, {"images": images})
 
-    return save_checkpoint(run, images, write, keep)
+    return save_checkpoint(run, images, write, keep=keep)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -164,3 +165,11 @@ def test_manifest_lists_every_file(tmp_path):
     folder = save(tmp_path, 1, model, optimizers)
     files = json.loads((folder / "manifest.json").read_text())["files"]
     assert set(files) == {"train/weights.safetensors", "train/optimizer.safetensors", "train/state.json"}
+
+
+def test_best_checkpoint_stays_and_has_a_name(tmp_path):
+    for images, best in ((1, False), (2, True), (3, False), (4, False)):
+        save_checkpoint(tmp_path, images, lambda folder: (folder / "model").mkdir(), keep=1, best=best)
+    assert [path.name for path in checkpoints(tmp_path)] == ["000000002", "000000004"]
+    assert find_folder(tmp_path / "best", "a model") == tmp_path / "checkpoints/000000002/model"
+    assert find_folder(tmp_path, "a model") == tmp_path / "checkpoints/000000004/model"

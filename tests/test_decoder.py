@@ -95,7 +95,7 @@ def test_checkpointing_changes_no_gradient():
     tokens, gradients = seeded(2, 6, 12), []
     for checkpointing in (False, True):
         model = decoder()
-        model(tokens, checkpointing=checkpointing).square().mean().backward()
+        model(tokens, recompute=checkpointing).square().mean().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rae.folders
-from rae.autoencoder.sources import SourceError
 from rae.config import ConfigError
 from rae.diffusion.dit import DiTConfig, DiTDHConfig
 from rae.diffusion.flow import Flow, data_from_velocity
 from rae.diffusion.model import DiffusionModel, DiffusionModelConfig
+from rae.sources import SourceError
 
 COMMON = {"in_channels": 6, "grid": (2, 3), "width": 16, "heads": 2, "depth": 1, "num_classes": 3}
 NETWORKS = {

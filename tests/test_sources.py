@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from rae import load_encoder
-from rae.autoencoder import sources
-from rae.autoencoder.sources import SourceError
+from rae import load_encoder, sources
+from rae.sources import SourceError
 
 
 @pytest.mark.parametrize(

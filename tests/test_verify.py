@@ -21,8 +21,7 @@ from rae.interop.fixtures import FixtureError
 from rae.interop.verify import Outcome, Report, print_report, verify
 
 GOLDEN = Path(__file__).parent / "golden"
-NOT_BUILT = {"adaptive_weight", "gan_losses"}
-BUILT = sorted(path.parent.name for path in GOLDEN.glob("*/case.json") if path.parent.name not in NOT_BUILT)
+CASES = sorted(path.parent.name for path in GOLDEN.glob("*/case.json"))
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +29,11 @@ def outcomes():
     return {outcome.case: outcome for outcome in verify(GOLDEN).outcomes}
 
 
-@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("name", CASES)
 def test_parity(outcomes, name):
     outcome = outcomes[name]
     assert outcome.problem is None
     assert [m for m in outcome.measured if not m.passed] == []
-
-
-def test_parts_not_built_yet_are_told_apart(outcomes):
-    assert {name for name, outcome in outcomes.items() if not outcome.built} == NOT_BUILT
-    assert verify(GOLDEN / "gan_losses").exit_status == 2
 
 
 def copy_case(name: str, folder: Path) -> Path:
@@ -104,7 +98,7 @@ def test_a_missing_key_fails_that_case_by_name_and_the_others_run(tmp_path):
     assert fine.passed
     assert report.exit_status == 1
     print_report(report, Console(width=200, file=(page := io.StringIO())))
-    assert "1 cases passed, 1 failed, 0 not built yet" in page.getvalue()
+    assert "1 cases passed, 1 failed." in page.getvalue()
 
 
 def test_folders_that_are_no_fixtures_are_refused(tmp_path):
@@ -150,17 +144,11 @@ def test_exit_status_of_the_command(tmp_path, monkeypatch):
 
     copy_case("metrics", tmp_path)
     assert status(tmp_path) == 0
-    assert status(tmp_path / "nowhere") == 1
-
-    def absent(case):
-        raise cases.NotBuilt("not built yet")
-
-    monkeypatch.setitem(cases.CASES, "metrics", absent)
-    assert status(tmp_path) == 2
+    assert status(tmp_path / "nowhere") == 2
     monkeypatch.setitem(cases.CASES, "metrics", lambda case: {})
     assert status(tmp_path) == 1
     (tmp_path / "metrics/tensors.safetensors").write_bytes(b"half")
-    assert status(tmp_path) == 1
+    assert status(tmp_path) == 2
 
 
 def test_names_are_whole_in_a_narrow_terminal(tmp_path):
@@ -168,7 +156,7 @@ def test_names_are_whole_in_a_narrow_terminal(tmp_path):
     copy_case("metrics", tmp_path).rename(tmp_path / name)
     copy_case("encoder_dinov2_posinterp", tmp_path)
     report = verify(tmp_path)
-    outcome = Outcome("gan_losses", problem="no [red] part", built=False)
+    outcome = Outcome("gan_losses", problem="no [red] part")
     print_report(Report((*report.outcomes, outcome)), Console(width=80, file=(page := io.StringIO())))
     for text in (name, "encoder_dinov2_posinterp", "gan_losses"):
         assert f"│ {text} " in page.getvalue()

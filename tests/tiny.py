@@ -30,7 +30,7 @@ def decoder_recipe(encoder: Path, **changes) -> DecoderRecipe:
             encoder={"name": str(encoder), "image_size": (16, 16)},
             decoder={"size": (16, 1, 2, 32), "patch_size": 8},
             data={"source": "digits", "held_out": 0.1, "enlarge": True},
-            loss={"perceptual": 0.1},
+            loss={"perceptual": {"kind": "encoder", "weight": 0.1}},
             optim={"lr": 1e-3, "ema": 0.9},
             run={"duration": "12st", "batch": 8, "log_every": "3st", "save_every": "4st", "evaluate_every": "6st"}
             | {"evaluate_images": 16},

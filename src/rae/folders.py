@@ -19,14 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rae.autoencoder.sources import MODEL_REMEDIES, fetch_hub, source_of
+from rae.sources import MODEL_REMEDIES, fetch_hub, source_of
 
 
 def find_folder(folder_or_hub_id: str | Path, what: str) -> Path:
-    """The folder that holds a model: the one given, a run's newest checkpoint, or what a hub id stands for.
+    """The folder that holds a model: the one given, a run's newest or best checkpoint, or what a hub id stands for.
 
     Args:
-        folder_or_hub_id: `~` is expanded.
+        folder_or_hub_id: `~` is expanded. A run stands for its newest checkpoint, `run/best` for its best one.
         what: to call the model in an error, with its article.
 
     Raises:
@@ -34,6 +34,8 @@ def find_folder(folder_or_hub_id: str | Path, what: str) -> Path:
         SourceError: neither an existing folder nor a hub id, or not to be had from the hub.
     """
     path = Path(folder_or_hub_id).expanduser()
+    if path.name in ("latest", "best") and path.is_file():
+        return path.parent / "checkpoints" / path.read_text().strip() / "model"
     if path.is_file() or (path.suffix in {".pt", ".pth", ".bin", ".ckpt"} and not path.is_dir()):
         raise ValueError(
             f"{path} is a file; {what} is a folder. Pickles (.pt, .pth, .bin) are not loaded: `rae convert` "
@@ -44,7 +46,7 @@ def find_folder(folder_or_hub_id: str | Path, what: str) -> Path:
         return fetch_hub(name, ["config.json", "*.safetensors", "encoder/*"], MODEL_REMEDIES)
     folder = Path(name)
     if (folder / "latest").is_file():
-        return folder / "checkpoints" / (folder / "latest").read_text().strip() / "model"
+        return find_folder(folder / "latest", what)
     if (folder / "recipe.yaml").is_file():  # a run, killed before its first checkpoint had a pointer
         if not (found := checkpoints(folder)):
             raise ValueError(f"{folder}: this run has saved nothing yet; let it reach its first checkpoint.")

@@ -43,7 +43,13 @@ def accelerator(**settings) -> Accelerator:
 
 
 def _started() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started > 1 and "MASTER_ADDR" not in os.environ:
+        raise ProcessError(
+            f"WORLD_SIZE is {started}, but nothing says where the others are (MASTER_ADDR); start with `torchrun "
+            "--nproc_per_node N -m rae.cli -- ...`, or unset WORLD_SIZE."
+        )
+    return started
 
 
 def _together_on_cpu() -> bool:
@@ -55,6 +61,6 @@ def _check(state):
     if _started() != state.num_processes:
         raise ProcessError(
             f"the launcher started {_started()} processes, and this one sees {state.num_processes}; start them with "
-            "`torchrun --nproc_per_node N -m rae.cli ...` (or unset WORLD_SIZE)."
+            "`torchrun --nproc_per_node N -m rae.cli -- ...`, or unset WORLD_SIZE."
         )
     return state

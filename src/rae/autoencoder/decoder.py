@@ -181,8 +181,9 @@ class Decoder(nn.Module):
         grid: tuple[int, int] | None = None,
         *,
         dtype: torch.dtype = torch.float32,
-        checkpointing: bool = False,
-    ) -> Tensor:
+        recompute: bool = False,
+        hidden: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Decode.
 
         Args:
@@ -190,26 +191,25 @@ class Decoder(nn.Module):
             grid: (h, w) of these tokens if it is not the decoder's: they are then resized to it, bilinearly, after the
                 linear embedding. None: N must be the decoder's own number of tokens.
             dtype: what attention and linear layers compute in; the result is float32.
-            checkpointing: recompute each block in the backward pass instead of keeping its activations.
+            recompute: keep no activations inside blocks, compute them again in the backward pass.
+            hidden: return what the last layer is applied to as well.
 
         Returns:
-            Images [B,3,H,W], float32.
+            Images [B,3,H,W], float32; with `hidden` also its input [B,N,W], in `dtype`, detached.
 
         Raises:
             ValueError: tokens of the wrong shape.
         """
-        patches = self.patches(tokens, grid, dtype=dtype, checkpointing=checkpointing)
-        return unpatchify(patches, self.config.grid, self.config.patch_size)
+        features = self.features(tokens, grid, dtype=dtype, recompute=recompute)
+        images = unpatchify(self.head(features).float(), self.config.grid, self.config.patch_size)
+        return (images, features.detach()) if hidden else images
 
-    def patches(
-        self,
-        tokens: Tensor,
-        grid: tuple[int, int] | None = None,
-        *,
-        dtype: torch.dtype = torch.float32,
-        checkpointing: bool = False,
-    ) -> Tensor:
+    def patches(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """The prediction per token, before it is laid out as an image: [B,N,p*p*3]. Arguments as in `forward`."""
+        return self.head(self.features(tokens, grid, dtype=torch.float32, recompute=False))
+
+    def features(self, tokens: Tensor, grid: tuple[int, int] | None, *, dtype: torch.dtype, recompute: bool) -> Tensor:
+        """What the last layer, `head`, is applied to: [B,N,W] in `dtype`. Arguments as in `forward`."""
         config = self.config
         grid = tuple(grid or config.grid)
         if tokens.ndim != 3 or tokens.shape[1:] != (grid[0] * grid[1], config.latent_channels):
@@ -222,5 +222,5 @@ class Decoder(nn.Module):
             x = map_to_tokens(F.interpolate(tokens_to_map(x, grid), config.grid, mode="bilinear", align_corners=False))
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.positions
         for block in self.blocks:
-            x = checkpoint(block, x, dtype, use_reentrant=False) if checkpointing else block(x, dtype)
-        return self.head(self.norm(x[:, 1:]).to(dtype)).float()
+            x = checkpoint(block, x, dtype, use_reentrant=False) if recompute else block(x, dtype)
+        return self.norm(x[:, 1:]).to(dtype)

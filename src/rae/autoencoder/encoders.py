@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rae.autoencoder.families import ENCODERS, FAMILIES
-from rae.autoencoder.sources import REMEDIES, SourceError, fetch, source_of, weights_sha256
 from rae.config import Config, Size, parse
+from rae.sources import REMEDIES, SourceError, fetch, source_of, weights_sha256
 
 
 class EncoderConfig(Config):
@@ -147,16 +147,27 @@ class Encoder(nn.Module):
         Raises:
             ValueError: another size.
         """
+        hidden = self._tokens(self._run(x).last_hidden_state)
+        return F.layer_norm(hidden, (self.width,), eps=self.config.norm_eps)
+
+    def hidden_states(self, x: Tensor, *, blocks: Sequence[int]) -> list[Tensor]:
+        """Network input as in `features` -> [B,N,C] after each of these blocks (from 0), before any final norm."""
+        states = self._run(x, output_hidden_states=True).hidden_states
+        return [self._tokens(states[block + 1]) for block in blocks]
+
+    def _tokens(self, hidden: Tensor) -> Tensor:
+        return hidden[:, self.config.prefix_tokens :].float()
+
+    def _run(self, x: Tensor, **arguments: Any) -> Any:
         if tuple(x.shape[2:]) != self.config.input_size:
             raise ValueError(f"network input of {list(x.shape)}; this encoder sees {self.config.input_size} pixels.")
-        config, family = self.config, FAMILIES[self.config.family]
-        arguments: dict[str, Any] = {"interpolate_pos_encoding": True} if family.ask else {}
-        if config.family == "vit_mae":
+        if FAMILIES[self.config.family].ask:
+            arguments["interpolate_pos_encoding"] = True
+        if self.config.family == "vit_mae":
             # MAE orders its tokens by sorting this; whole numbers in float32 keep them row-major, in any compute type.
             count = self.grid[0] * self.grid[1]
             arguments["noise"] = torch.arange(count, dtype=torch.float32, device=x.device).expand(len(x), -1)
-        hidden = self.network(x.to(self.network.dtype), **arguments).last_hidden_state
-        return F.layer_norm(hidden[:, config.prefix_tokens :].float(), (config.width,), eps=config.norm_eps)
+        return self.network(x.to(self.network.dtype), **arguments)
 
     @torch.no_grad()
     def forward(self, images: Tensor, *, resize: bool = False) -> Tensor:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rae.autoencoder.families import ENCODERS
-from rae.autoencoder.sources import WHEEL_ENCODER, cache_folder
+from rae.sources import WHEEL_ENCODER, cache_folder
 
 
 def print_encoders() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rae.autoencoder.sources import weights_sha256
+from rae.sources import weights_sha256
 
 Rounding = Literal["nearest", "truncate"]
 

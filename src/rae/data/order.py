@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-_ORDER, _CROP, _FLIP, _NOISE = range(4)  # independent families of draws under one seed
+_ORDER, _CROP, _FLIP, _NOISE, _AUGMENT = range(5)  # independent families of draws under one seed
 
 
 @functools.lru_cache(maxsize=4)
@@ -59,6 +59,12 @@ def noise_draws(positions: Sequence[int], seed: int, shape: Sequence[int]) -> tu
         normals[row].normal_(generator=generator)
         uniforms[row].uniform_(generator=generator)
     return normals, uniforms
+
+
+def augmentation_draws(positions: Sequence[int], seed: int, use: int) -> torch.Tensor:
+    """Seven draws from U[0,1) for each position, float32 [7,B]; another `use` has others."""
+    draws = [np.random.default_rng((_AUGMENT, seed, position, use)).random(7) for position in positions]
+    return torch.from_numpy(np.stack(draws, axis=1)).float()
 
 
 def batch_positions(seen: int, total: int, batch: int, *, rank: int = 0, world: int = 1) -> Iterator[range]:

@@ -96,7 +96,7 @@ def digits(out: Path, quick: bool) -> Study:
         data=data,
         latents="memory",
         network={"kind": "dit-dh"} | _NETWORK[quick],
-        optim=_optim("muon", 4e-3, ema=0.98),
+        optim=_optim("muon", 4e-3, ema=0.98, clip=1.0),
         sheet={"images": 10, "steps": 25, "cfg": 2.0},
         run=_run("8st" if quick else "800st", batch=128) | {"precision": "bf16"},
     )
@@ -139,7 +139,7 @@ def own_photos(out: Path, images: Images, source: Path, quick: bool) -> Study:
         data=data,
         latents="memory",
         network={"kind": "dit-dh"} | _NETWORK[quick],
-        optim=_optim("muon", 4e-3, ema=0.98),
+        optim=_optim("muon", 4e-3, ema=0.98, clip=1.0),
         sheet={"images": 8, "steps": 25, "cfg": 2.0 if images.class_names else None},
         run=_run("4st" if quick else "800st", batch=24) | {"precision": "bf16"},
     )
@@ -237,8 +237,8 @@ def _photo_decoder(
     )
 
 
-def _optim(name: str, lr: float, ema: float) -> dict[str, Any]:
-    return {"name": name, "lr": lr, "final_lr": lr / 50, "schedule": "cosine", "warmup": "5%", "ema": ema}
+def _optim(name: str, lr: float, ema: float, clip: float | None = None) -> dict[str, Any]:
+    return {"name": name, "lr": lr, "final_lr": lr / 50, "schedule": "cosine", "warmup": "5%", "ema": ema, "clip": clip}
 
 
 def _run(duration: str, batch: int) -> dict[str, Any]:

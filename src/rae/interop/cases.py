@@ -20,14 +20,13 @@ from rae.evaluation.frechet import Moments, frechet_distance
 from rae.evaluation.reconstruction import psnr
 from rae.interop.fixtures import Case, FixtureError, untrained_encoder
 from rae.interop.official import running_statistics
+from rae.training.adversarial import adaptive_weight, discriminator_loss, generator_loss, round_to_8_bits
+from rae.training.diffaug import diffaug
+from rae.training.lpips import LPIPS
 from rae.training.optim import OptimConfig, build_optimizers, lr_factor, make_ema, set_lr, update_ema
 
 Results = dict[str, Tensor]
 UNSHIFTED = Flow(shift=1.0)  # for cases about the network alone
-
-
-class NotBuilt(NotImplementedError):
-    """A case about a part of the project that does not exist yet."""
 
 
 def find_case(kind: str) -> Callable[[Case], Results]:
@@ -314,8 +313,79 @@ def metrics(case: Case) -> Results:
     return {"psnr": psnr(a, b).mean()[None], "frechet": torch.tensor([distance])}
 
 
-def not_built(case: Case) -> Results:
-    raise NotBuilt("not built yet")
+def adaptive(case: Case) -> Results:
+    x, target, v = (case.inputs[key] for key in ("x", "target", "v"))
+    weight, limit = case.weights()["W"].requires_grad_(), case.hyper["max_weight"]
+    h = x @ weight.T
+    (of_reconstruction,) = torch.autograd.grad((h - target).abs().mean(), weight, retain_graph=True)
+    (unscaled,) = torch.autograd.grad(-(h * v).mean(), weight)
+    reconstruction = of_reconstruction.norm()[None]
+    gan = torch.stack([(unscaled * scale).norm() for scale in case.hyper["gan_scale"]])
+    return {
+        "lambda": adaptive_weight(reconstruction, gan, limit=limit),
+        "recon_grad_norm": reconstruction,
+        "gan_grad_norm": gan,
+    }
+
+
+def augmentation(case: Case) -> Results:
+    images, draws = case.inputs["images"], case.inputs["rand01"].flatten(1)
+    gates = tuple((case.inputs["gate_draws_prob05"] <= 0.5).tolist())
+    return {
+        "out_cutout0": diffaug(images, draws),
+        "out_cutout02": diffaug(images, draws, cutout=0.2),
+        "out_prob05": diffaug(images, draws, cutout=0.2, gates=gates),
+    }
+
+
+def gan_losses(case: Case) -> Results:
+    real, fake = case.inputs["logits_real"], case.inputs["logits_fake"].requires_grad_()
+    generator = generator_loss(fake).mean()
+    hinge, vanilla = (discriminator_loss(kind, real, fake).mean() for kind in ("hinge", "vanilla"))
+    return {
+        "hinge_d": hinge[None],
+        "hinge_d_sum": hinge[None] * real.numel(),
+        "vanilla_d": vanilla[None],
+        "vanilla_g": generator[None],
+        "vanilla_g_sum": generator[None] * fake.numel(),
+        "grad_vanilla_g": torch.autograd.grad(generator, fake)[0],
+        "fake_quantized": round_to_8_bits(case.inputs["reconstruction"]),
+        # what they do; ours rounds (`to_bytes`)
+        "uint8": case.inputs["image"].clamp(0, 1).mul(255).to(torch.uint8).permute(0, 2, 3, 1),
+    }
+
+
+def lpips(case: Case) -> Results:
+    model = LPIPS(tuple(case.hyper["vgg_channels"]))
+    model.load_published(case.weights())
+    x, y = case.inputs["input"], case.inputs["target"].requires_grad_()
+    distance, taps = model(x, y), model.features(x)
+    return {
+        "per_image": distance.view(-1, 1, 1, 1),
+        "mean": distance.mean()[None],
+        "grad_target": torch.autograd.grad(distance.mean(), y)[0],
+        "tap0": taps[0],
+        "tap4": taps[4],
+    }
+
+
+def discriminator(case: Case) -> Results:
+    model = case.discriminator()
+    images = case.inputs["images"]
+    last, first, *_ = model.features(images)
+    results = {
+        "logits_eval": model(images),
+        "logits_eval_nonsquare": model(case.inputs["images_nonsquare"]),
+        "feature_last": last,
+        "feature_key0": first,
+    }
+    model.iterate()
+    results["logits_train"] = model(images)
+    first_head, second_head = model.heads[:2]
+    results["u_after_train.heads.0.0.0"] = first_head.conv1.u
+    results["v_after_train.heads.0.0.0"] = first_head.conv1.v
+    results["u_after_train.heads.1.1.fn.0"] = second_head.conv2.u
+    return results
 
 
 CASES: dict[str, Callable[[Case], Results]] = {
@@ -337,11 +407,11 @@ CASES: dict[str, Callable[[Case], Results]] = {
     "training_steps": training_steps,
     "center_crop": crop,
     "metrics": metrics,
-    "adaptive_weight": not_built,
-    "diffaug": not_built,
-    "discriminator": not_built,
-    "gan_losses": not_built,
-    "lpips": not_built,
+    "adaptive_weight": adaptive,
+    "diffaug": augmentation,
+    "discriminator": discriminator,
+    "gan_losses": gan_losses,
+    "lpips": lpips,
 }
 
 

@@ -22,7 +22,9 @@ from rae.autoencoder.encoders import Encoder, EncoderConfig, load_encoder
 from rae.autoencoder.rae import RAE
 from rae.diffusion.flow import Flow, shift_factor
 from rae.diffusion.model import DiffusionModel
-from rae.interop.official import convert_decoder, convert_stage2
+from rae.interop.official import convert_decoder, convert_discriminator, convert_stage2
+from rae.training.discriminator import Discriminator
+from rae.training.pretrained import dino_keys, write_dino
 
 
 class FixtureError(ValueError):
@@ -100,6 +102,20 @@ class Case:
             heads=self.hyper["decoder_num_attention_heads"],
             norm_eps=self.hyper["layer_norm_eps"],
         )
+
+    def weights(self) -> dict[str, Tensor]:
+        return load_file(self.folder / "weights.safetensors")
+
+    def discriminator(self) -> Discriminator:
+        """With the case's heads, on the case's DINO."""
+        hyper, side = self.hyper, self.hyper["internal_size"]
+        dino = dino_keys(load_file(self.folder / "weights_dino.safetensors"))
+        with tempfile.TemporaryDirectory() as folder:
+            write_dino(dino, Path(folder), heads=hyper["num_heads"], norm_eps=hyper["norm_eps"])
+            network = load_encoder(folder, image_size=side)
+        model = Discriminator(network, depths=hyper["key_depths"], kernel=hyper["kernel_size"])
+        convert_discriminator(model, self.weights())
+        return model
 
     def autoencoder(
         self, encoder: Encoder, decoder: Decoder | None = None, stats: tuple[Tensor, Tensor] | None = None

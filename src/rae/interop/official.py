@@ -17,7 +17,7 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +30,7 @@ from rae.config import parse
 from rae.diffusion.dit import rotary_angles
 from rae.diffusion.flow import Flow
 from rae.diffusion.model import DiffusionModel, DiffusionModelConfig
+from rae.training.discriminator import Discriminator
 
 Weights = Literal["ema", "model"]
 StateDict = dict[str, Tensor]
@@ -80,6 +81,14 @@ DITDH_KEYS: KeyTable = (
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
+
+_CONVOLUTION = {"weight": "weight_orig", "bias": "bias", "u": "weight_u", "v": "weight_v"}
+_LAYERS = {"conv1": "0.0", "norm1": "0.1", "conv2": "1.fn.0", "norm2": "1.fn.1", "out": "2"}
+DISCRIMINATOR_KEYS: KeyTable = tuple(
+    (rf"heads\.(\d+)\.{ours}\.{part}", (rf"heads.\1.{theirs}.{part if 'norm' in ours else name}",))
+    for ours, theirs in _LAYERS.items()
+    for part, name in _CONVOLUTION.items()
+)
 
 
 def read_file(path: str | Path) -> dict:
@@ -298,6 +307,13 @@ def convert_stage2(
     model = DiffusionModel(parse(DiffusionModelConfig, config, str(path)))
     _load(model.network, state, DITDH_KEYS if is_dh else DIT_KEYS, path, head_start=depth)
     return model.requires_grad_(False)
+
+
+def convert_discriminator(
+    model: Discriminator, state: Mapping[str, Tensor], path: str | Path = "discriminator"
+) -> None:
+    """Load the heads of the authors' discriminator, with the vectors of their spectral norms, into ours."""
+    _load(model, dict(state), DISCRIMINATOR_KEYS, path)
 
 
 def _pop_heads(state: StateDict, name: str, width: int, token_grid: tuple[int, int], path: str | Path) -> int:

@@ -14,7 +14,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from rae.interop.cases import NotBuilt, find_case
+from rae.interop.cases import find_case
 from rae.interop.fixtures import Case, FixtureError
 
 
@@ -39,13 +39,11 @@ class Outcome:
         case: name of its folder.
         measured: one entry per expected output; empty unless it ran to the end.
         problem: why it did not run; None if it did.
-        built: False if the part it is about does not exist yet.
     """
 
     case: str
     measured: tuple[Measured, ...] = ()
     problem: str | None = None
-    built: bool = True
     seconds: float = 0.0
 
     @property
@@ -64,10 +62,8 @@ class Report:
 
     @property
     def exit_status(self) -> int:
-        """1 if a case broke or is past its tolerance, else 2 if one is about a part not built yet, else 0."""
-        if any(o.built and not o.passed for o in self.outcomes):
-            return 1
-        return 0 if all(o.built for o in self.outcomes) else 2
+        """0 if every case passed, 1 if one broke or is past its tolerance."""
+        return 0 if all(outcome.passed for outcome in self.outcomes) else 1
 
 
 def verify(folder: str | Path) -> Report:
@@ -99,9 +95,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     table.add_column("result", overflow="fold", min_width=6)
     for outcome in report.outcomes:
         if outcome.problem is not None:
-            problem = escape(outcome.problem)
-            result = f"[red]failed[/]: {problem}" if outcome.built else f"[yellow]{problem}[/]"
-            table.add_row(escape(outcome.case), "", "", "", "", "", result)
+            table.add_row(escape(outcome.case), "", "", "", "", "", f"[red]failed[/]: {escape(outcome.problem)}")
             continue
         worst = outcome.worst
         table.add_row(
@@ -115,17 +109,13 @@ def print_report(report: Report, console: Console | None = None) -> None:
         )
     console.print(table)
     passed = sum(o.passed for o in report.outcomes)
-    waiting = sum(not o.built for o in report.outcomes)
-    failed = len(report.outcomes) - passed - waiting
-    console.print(f"{passed} cases passed, {failed} failed, {waiting} not built yet.")
+    console.print(f"{passed} cases passed, {len(report.outcomes) - passed} failed.")
 
 
 def _run(case: Case) -> Outcome:
     name, start = case.folder.name, time.perf_counter()
     try:
         results = find_case(case.kind)(case)
-    except NotBuilt as error:
-        return Outcome(name, problem=str(error), built=False)
     except Exception as error:  # whatever breaks one case is its outcome; the others still run
         return Outcome(name, problem=f"{type(error).__name__}: {error}")
     measured = tuple(

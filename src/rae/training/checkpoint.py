@@ -2,6 +2,7 @@
 
 runs/x/
     latest                      name of the newest checkpoint
+    best                        name of the one that did best on held-out images
     checkpoints/000012800/      images seen
         model/                  the EMA model, in the form of `save_pretrained`
         train/                  online weights and optimiser (safetensors), state.json
@@ -32,14 +33,15 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or used; the message names the file and what to do."""
 
 
-def save_checkpoint(run: Path, images: int, write: Callable[[Path], None], keep: int) -> Path:
-    """Write one checkpoint, make it the latest, and remove all but the `keep` newest.
+def save_checkpoint(run: Path, images: int, write: Callable[[Path], None], *, keep: int, best: bool = False) -> Path:
+    """Write one checkpoint, make it the latest, and remove all but the `keep` newest and the best.
 
     Args:
         run: the run's folder.
         images: images seen, which names the checkpoint.
         write: puts its files into the folder that it is given.
         keep: at least 1.
+        best: make it the best.
 
     Raises:
         CheckpointError: the disk is full or failed. The checkpoints before this one are untouched.
@@ -54,9 +56,11 @@ def save_checkpoint(run: Path, images: int, write: Callable[[Path], None], keep:
         fsync_all(aside)
         os.rename(aside, final)
         fsync(parent)
-        _point(run, final.name)
+        for pointer in ("latest", "best") if best else ("latest",):
+            _point(run, pointer, final.name)
         for old in checkpoints(run)[:-keep]:
-            _remove(old)
+            if not (run / "best").is_file() or old.name != (run / "best").read_text().strip():
+                _remove(old)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         kept = checkpoints(run)
@@ -85,7 +89,7 @@ def newest_checkpoint(run: Path) -> Path | None:
         intact = next((path for path in reversed(found[:-1]) if not find_damage(path)), None)
         remedy = f"to go on from {intact.name}, which is intact" if intact else "to start anew; no older one is intact"
         raise CheckpointError(f"{damage}\nRemove the damaged checkpoint {remedy}: rm -r {found[-1]}")
-    _point(run, found[-1].name)  # a run killed between rename and pointer
+    _point(run, "latest", found[-1].name)  # a run killed between rename and pointer
     return found[-1]
 
 
@@ -110,18 +114,14 @@ def save_training_state(
     """Write online weights, optimiser and the loop's own `state` (JSON) into `folder`."""
     folder.mkdir()
     save_file(model.state_dict(), folder / "weights.safetensors")
-    save_file(_optimizer_tensors(optimizers), folder / "optimizer.safetensors")
+    save_file(optimizer_tensors(optimizers), folder / "optimizer.safetensors")
     (folder / "state.json").write_text(json.dumps(state, indent=1))
 
 
 def load_training_state(folder: Path, model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
     """Load weights and optimiser that `save_training_state` wrote; nothing may be missing or left over."""
     load_weights(model, folder / "weights.safetensors")
-    tensors = load_file(folder / "optimizer.safetensors")
-    for optimizer in optimizers:
-        _load_optimizer(optimizer, tensors, folder)
-    if tensors:
-        raise CheckpointError(f"{folder}: optimiser state of unknown parameters: {', '.join(sorted(tensors)[:5])}.")
+    load_optimizers(optimizers, folder / "optimizer.safetensors")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -137,10 +137,16 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
         raise CheckpointError(f"{path} does not fit the model: {error}") from error
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def load_optimizers(optimizers: Iterable[torch.optim.Optimizer], path: Path) -> None:
+    """Load a file of `optimizer_tensors`; nothing may be missing or left over."""
+    tensors = load_file(path)
+    for optimizer in optimizers:
+        _load_optimizer(optimizer, tensors, path)
+    if tensors:
+        raise CheckpointError(f"{path}: optimiser state of unknown parameters: {', '.join(sorted(tensors)[:5])}.")
 
 
-def _optimizer_tensors(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+def optimizer_tensors(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
     """`exp_avg/blocks.0.qkv.weight` and so on, for every parameter."""
     tensors = {}
     for optimizer in optimizers:
@@ -152,18 +158,21 @@ def _optimizer_tensors(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str,
     return tensors
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Take the state of this optimiser's parameters out of `tensors`."""
     keys = _STATE[type(optimizer).__name__]
     wanted = {f"{key}/{name}" for key in keys for name, _ in _named(optimizer)}
     if missing := sorted(wanted - tensors.keys()):
-        raise CheckpointError(f"{folder}: no optimiser state for {', '.join(missing[:5])}.")
+        raise CheckpointError(f"{path}: no optimiser state for {', '.join(missing[:5])}.")
     states = [{key: tensors.pop(f"{key}/{name}") for key in keys} for name, _ in _named(optimizer)]
     for (name, parameter), state in zip(_named(optimizer), states):
         for key, value in state.items():
             if key != "step" and value.shape != parameter.shape:
                 raise CheckpointError(
-                    f"{folder}: {key}/{name} is {list(value.shape)}, the parameter {list(parameter.shape)}."
+                    f"{path}: {key}/{name} is {list(value.shape)}, the parameter {list(parameter.shape)}."
                 )
     # The groups (learning rate, betas) come from the recipe, the state from the file.
     optimizer.load_state_dict(
@@ -195,11 +204,11 @@ def _compare(wanted: dict[str, Any] | None, found: dict[str, Any] | None) -> str
     return None if wanted == found else "damaged: its sha256 is not the one written"
 
 
-def _point(run: Path, name: str) -> None:
-    aside = run / ".tmp-latest"
+def _point(run: Path, pointer: str, name: str) -> None:
+    aside = run / f".tmp-{pointer}"
     aside.write_text(name + "\n")
     fsync(aside)
-    os.replace(aside, run / "latest")
+    os.replace(aside, run / pointer)
     fsync(run)
 
 

@@ -5,23 +5,26 @@ images --Stream--> [0,1] images [B,3,H,W] --Encoder--> tokens [B,N,C] --add_nois
 """
 
 import hashlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from rae.autoencoder.decoder import DECODERS, Decoder, DecoderConfig
 from rae.autoencoder.encoders import Encoder, EncoderConfig, describe_encoder, open_encoder
 from rae.autoencoder.latents import LatentStats, SigmaLaw, add_noise, draw_sigma, tokens_to_map
 from rae.autoencoder.rae import RAE
-from rae.config import Config, ConfigError, parse
-from rae.data.images import DataConfig, Images, Stream, Views, loader, open_split, to_unit
+from rae.config import Config, ConfigError, Size, parse
+from rae.data.images import DataConfig, Images, Stream, Views, loader, open_split, readable, to_unit
 from rae.data.order import noise_draws
+from rae.evaluation.frechet import Moments, frechet_distance
+from rae.evaluation.reconstruction import WINDOW, psnr, ssim
 from rae.training.checkpoint import load_training_state, load_weights, save_training_state
 from rae.training.display import save_sheet
-from rae.training.latents import cache_tokens, latent_statistics
+from rae.training.latents import cache_tokens, check_crop, latent_statistics
+from rae.training.objective import LossConfig, Objective, Part
 from rae.training.optim import (
     OptimConfig,
     build_optimizers,
@@ -31,7 +34,6 @@ from rae.training.optim import (
     set_lr,
     update_ema,
 )
-from rae.training.perceptual import feature_distance
 from rae.training.run import DTYPES, Run, RunConfig
 
 
@@ -39,8 +41,10 @@ class EncoderChoice(Config):
     """Which encoder, and the size of its images."""
 
     name: str  # a row of ENCODERS, a hub id or a folder
-    image_size: tuple[PositiveInt, PositiveInt]  # (H, W) in pixels
-    input_size: tuple[PositiveInt, PositiveInt] | None = None  # that the network sees; None = see `load_encoder`
+    image_size: Size  # (H, W) in pixels, or one number for both
+    input_size: Size | None = None  # that the network sees; None = see `load_encoder`
+    mean: tuple[float, float, float] | None = None  # normalisation of the network's input; None = the encoder's own
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     precision: Literal["fp32", "bf16"] = "fp32"  # what it computes in during training
 
 
@@ -72,16 +76,10 @@ class NoiseConfig(Config):
     tau: NonNegativeFloat = 0.8  # 0 = no noise
 
 
-class LossConfig(Config):
-    """L1 at the image, weight 1, and what is added to it."""
-
-    perceptual: NonNegativeFloat = 0.0  # weight of the distance in the encoder's own feature space
-
-
 class DecoderRecipe(Config):
     """Everything that stage 1 is a function of."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     encoder: EncoderChoice
     decoder: DecoderChoice
     data: DataConfig
@@ -93,6 +91,12 @@ class DecoderRecipe(Config):
     )
     statistics: bool = True  # take latent statistics of the training images first and save them with the model
     run: RunConfig
+
+    @model_validator(mode="after")
+    def _images_can_be_kept(self) -> "DecoderRecipe":
+        if self.tokens == "memory":
+            check_crop("tokens", self.data)
+        return self
 
 
 def train_decoder(recipe: DecoderRecipe, folder: str | Path) -> Path:
@@ -115,7 +119,13 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path) -> Path:
     with Run(folder, recipe, epoch=len(images)) as run:
         device = run.accelerator.device
         choice = recipe.encoder
-        described = describe_encoder(choice.name, image_size=choice.image_size, input_size=choice.input_size)
+        described = describe_encoder(
+            choice.name,
+            image_size=choice.image_size,
+            input_size=choice.input_size,
+            mean=choice.mean,
+            std=choice.std,
+        )
         config = recipe.decoder.describe(described)
         _check_sizes(described, config)
 
@@ -123,7 +133,8 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path) -> Path:
         encoder = open_encoder(described).to(device)
         torch.manual_seed(recipe.seed)
         decoder = Decoder(config).to(device)
-        dtype, ema = DTYPES[recipe.run.precision], make_ema(decoder)
+        ema = make_ema(decoder)
+        objective = Objective(recipe.loss, encoder, config.patch_size, run, seed=recipe.seed, epoch=len(images))
         optimizers = build_optimizers(recipe.optim, parameter_groups(decoder))
         learning_rate = run.learning_rate("optim", recipe.optim, epoch=len(images))
         run.warn(ema_warning(recipe.optim.ema, run.total // recipe.run.batch))
@@ -134,6 +145,7 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path) -> Path:
             run.resume(identity)
             load_training_state(run.checkpoint / "train", decoder, optimizers)
             load_weights(ema, run.checkpoint / "model/decoder.safetensors")
+            objective.load(run.checkpoint / "train")
         if run.finished:
             return run.conclude()
         rae = RAE(encoder, ema, _statistics(recipe, encoder, images, run))
@@ -142,46 +154,45 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path) -> Path:
         stream = Stream(images, recipe.data, config.output_size, recipe.seed)
         resize = config.output_size != described.image_size  # up-sampling decoder: the encoder sees fewer pixels
         cache = cache_tokens(encoder, images, recipe.data, config.output_size) if recipe.tokens == "memory" else None
-        noise_shape = (encoder.grid[0] * encoder.grid[1], encoder.width)
+
+        def prepare(batch: dict[str, torch.Tensor]) -> Iterator[Part]:
+            """The micro-batches of a step."""
+            for image, positions in zip(
+                batch["image"].split(run.micro_batch), batch["position"].split(run.micro_batch)
+            ):
+                image, positions = to_unit(image.to(device)), positions.tolist()
+                # [0,1] images [B,3,H,W] -> tokens [B,N,C]
+                if cache:
+                    tokens = cache.take(positions, recipe.seed)[0].to(device)
+                else:
+                    tokens = encoder(image, resize=resize)
+                noise, u = (draw.to(device) for draw in noise_draws(positions, recipe.seed, tokens.shape[1:]))
+                sigma = draw_sigma(recipe.noise.law, recipe.noise.tau, _of_law(recipe.noise.law, u[:, 0]))
+                yield Part(image, tokens, add_noise(tokens, sigma, noise), positions)
 
         def save(folder: Path) -> None:
             rae.save_pretrained(folder / "model")
             save_training_state(folder / "train", decoder, optimizers, run.state(identity))
+            objective.save(folder / "train")
 
-        run.begin()
+        run.check_held_out(held_out, recipe.data, config.output_size)
+        run.begin(objective.describe())
         for batch in run.watch_broken(stream, loader(stream, run.positions(), recipe.data)):
             # --- single training step ---------------------------------------------------------------------------------
-            lr, totals = learning_rate(run.step), torch.zeros(3, device=device)
+            lr = learning_rate(run.step)
             set_lr(optimizers, lr)
-            parts = zip(batch["image"].split(run.micro_batch), batch["position"].split(run.micro_batch))
-            for image, positions in run.accumulate(network, parts):
-                image = to_unit(image.to(device))
-                # [0,1] images [B,3,H,W] -> tokens [B,N,C]
-                if cache:
-                    tokens = cache.take(positions.tolist(), recipe.seed)[0].to(device)
-                else:
-                    tokens = encoder(image, resize=resize)
-                noise, u = (draw.to(device) for draw in noise_draws(positions.tolist(), recipe.seed, noise_shape))
-                sigma = draw_sigma(recipe.noise.law, recipe.noise.tau, _of_law(recipe.noise.law, u[:, 0]))
-                decoded = network(add_noise(tokens, sigma, noise), dtype=dtype)  # in the encoder's normalised units
-                l1 = F.l1_loss(encoder.denormalise(decoded), image, reduction="none").mean(dim=(1, 2, 3)).sum()
-                perceptual = torch.zeros_like(l1)
-                if recipe.loss.perceptual:
-                    perceptual = feature_distance(encoder, decoded, tokens).sum()
-                loss = l1 + recipe.loss.perceptual * perceptual
-                (loss / run.local_batch).backward()
-                totals += torch.stack([loss, l1, perceptual]).detach() / run.local_batch
-            loss, l1, perceptual = run.average(totals)
-            norm = run.step_optimizers(decoder, optimizers)
+            figures = objective.backward(network, prepare(batch))
+            figures["grad_norm"] = run.clip_and_step(decoder, optimizers, recipe.optim.clip)
             update_ema(ema, decoder, recipe.optim.ema)
-            run.finish_step(loss=loss, l1=l1, perceptual=perceptual, grad_norm=norm)
+            figures |= objective.train_adversary(network)
+            run.finish_step(**figures)
 
             # --- once in a while: log, evaluate, save -----------------------------------------------------------------
             if run.due("log"):
-                run.log(lr=lr)
+                run.warn(objective.health(run.log(lr=lr)))
             if run.due("evaluate") and run.main:
                 if held_out:
-                    run.record(held_out_l1=_held_out_l1(rae, held_out, recipe))
+                    run.judge(best_by="held_out_fd", **_evaluate(rae, held_out, recipe, run.leave_out))
                 _save_sheet(rae, held_out or images, recipe, run.folder / f"samples/{run.seen:09d}.png")
             if run.due("save"):
                 run.save(save)
@@ -232,14 +243,31 @@ def _of_law(law: SigmaLaw, u: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _held_out_l1(rae: RAE, images: Images, recipe: DecoderRecipe) -> float:
-    """Mean |reconstruction - image| over held-out images, without noise."""
-    count, device, errors = min(len(images), recipe.run.evaluate_images), next(rae.decoder.parameters()).device, []
-    chunks = [range(start, min(start + 64, count)) for start in range(0, count, 64)]
-    for batch in loader(Views(images, recipe.data, rae.output_size), chunks, recipe.data):
+def _evaluate(rae: RAE, images: Images, recipe: DecoderRecipe, left_out: Callable[[str], object]) -> dict[str, float]:
+    """How well held-out images are reconstructed, without noise.
+
+    l1 (not clamped), psnr and ssim of clamped images, and fd: the Frechet distance between originals and
+    reconstructions of the mean token of the run's own encoder. With fewer images than channels it is biased upwards,
+    by the same for every step of a run.
+    """
+    device, figures = next(rae.decoder.parameters()).device, {"l1": [], "psnr": [], "ssim": []}
+    originals, reconstructions = Moments(rae.encoder.width), Moments(rae.encoder.width)
+    count, resize = min(len(images), recipe.run.evaluate_images), rae.output_size != rae.image_size
+    for batch in readable(images, recipe.data, rae.output_size, range(count), batch=64, left_out=left_out):
         image = to_unit(batch["image"].to(device))
-        errors.append((_reconstruct(rae, image) - image).abs().mean(dim=(1, 2, 3)))
-    return float(torch.cat(errors).mean())
+        decoded = _reconstruct(rae, image)
+        shown = decoded.clamp(0, 1)
+        figures["l1"].append((decoded - image).abs().mean(dim=(1, 2, 3)))
+        figures["psnr"].append(psnr(shown, image))
+        if min(rae.output_size) >= WINDOW:
+            figures["ssim"].append(ssim(shown, image))
+        for moments, x in ((originals, image), (reconstructions, shown)):
+            moments.update(rae.tokens(x, resize=resize).mean(1))
+    means = {f"held_out_{name}": float(torch.cat(values).mean()) for name, values in figures.items() if values}
+    if originals.count > 1:
+        both = (value for m in (originals, reconstructions) for value in (m.mean, m.covariance))
+        means["held_out_fd"] = frechet_distance(*both)
+    return means
 
 
 def _save_sheet(rae: RAE, images: Images, recipe: DecoderRecipe, path: Path) -> None:

@@ -4,7 +4,7 @@ images --Stream--> [0,1] images [B,3,H,W] --RAE.encode--> latents [B,C,h,w] --Fl
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from rae.autoencoder.rae import RAE
 from rae.config import Config, parse
-from rae.data.images import DataConfig, Images, Stream, Views, loader, open_split, to_unit
+from rae.data.images import DataConfig, Images, Stream, loader, open_split, readable, to_unit
 from rae.data.order import noise_draws
 from rae.diffusion.dit import DIT_SIZES, HEAD_SIZE
 from rae.diffusion.flow import Flow
@@ -22,7 +22,7 @@ from rae.diffusion.model import DiffusionModel, DiffusionModelConfig
 from rae.diffusion.sampling import generate
 from rae.training.checkpoint import load_training_state, load_weights, save_training_state
 from rae.training.display import save_sheet
-from rae.training.latents import Parts, cache_latents, cached_latents, online_latents
+from rae.training.latents import Parts, cache_latents, cached_latents, check_crop, online_latents
 from rae.training.optim import OptimConfig, build_optimizers, ema_warning, make_ema, set_lr, update_ema
 from rae.training.run import DTYPES, Run, RunConfig
 
@@ -73,7 +73,7 @@ class SheetConfig(Config):
 class DiTRecipe(Config):
     """Everything that stage 2 is a function of."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     rae: str  # folder or hub id of the autoencoder
     data: DataConfig
     latents: Literal["online", "memory"] = "online"  # encode at every step, or once and keep (small sets)
@@ -85,13 +85,13 @@ class DiTRecipe(Config):
     run: RunConfig
 
     @model_validator(mode="after")
-    def _nothing_without_effect(self) -> "DiTRecipe":
+    def _consistent(self) -> "DiTRecipe":
+        if self.latents == "memory":
+            check_crop("latents", self.data)
         if self.network.kind == "dit" and self.network.head:
             raise ValueError(f"network.head {self.network.head} belongs to dit-dh, network.kind is dit; change either")
         if self.sheet.cfg is not None and self.network.unconditional:
-            raise ValueError(
-                f"sheet.cfg {self.sheet.cfg} guides by classes, which network.unconditional ignores"
-            )
+            raise ValueError(f"sheet.cfg {self.sheet.cfg} guides by classes, which network.unconditional ignores")
         if self.sheet.cfg is not None and self.drop_labels == 0:
             raise ValueError(f"sheet.cfg {self.sheet.cfg} needs the null label, which drop_labels 0 never trains")
         return self
@@ -136,13 +136,14 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
         if run.finished:
             return run.conclude()
         network = run.accelerator.prepare(model.network)
-        predict = functools.partial(network, dtype=model.dtype)
+        predict = functools.partial(network, dtype=model.dtype, recompute=recipe.run.recompute)
         batches = _latents(recipe, rae, images, run)
 
         def save(folder: Path) -> None:
             ema.save_pretrained(folder / "model")
             save_training_state(folder / "train", model.network, optimizers, run.state(identity))
 
+        run.check_held_out(held_out, recipe.data, rae.image_size)
         run.begin()
         for parts in batches:
             # --- single training step ---------------------------------------------------------------------------------
@@ -158,7 +159,7 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
                 loss.backward()
                 total += loss.detach()
             (loss,) = run.average(total)
-            norm = run.step_optimizers(model.network, optimizers)
+            norm = run.clip_and_step(model.network, optimizers, recipe.optim.clip)
             update_ema(ema, model, recipe.optim.ema)
             run.finish_step(loss=loss, grad_norm=norm)
 
@@ -167,7 +168,8 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
                 run.log(lr=lr)
             if run.due("evaluate") and run.main:
                 if held_out:
-                    run.record(held_out_loss=_held_out_loss(ema, rae, held_out, recipe))
+                    loss = _held_out_loss(ema, rae, held_out, recipe, run.leave_out)
+                    run.judge(best_by="held_out_loss", held_out_loss=loss)
                 _save_sheet(ema, rae, recipe.sheet, run.folder / f"samples/{run.seen:09d}.png")
             if run.due("save"):
                 run.save(save)
@@ -181,6 +183,7 @@ def _describe(recipe: DiTRecipe, rae: RAE, class_names: list[str] | None) -> Dif
         "flow": flow.model_dump(),
         "latent_identity": rae.latent_identity,
         "class_names": class_names,
+        "drop_labels": recipe.drop_labels if class_names else None,
     }
     return parse(DiffusionModelConfig, data, "the model that network and flow of the recipe describe")
 
@@ -195,13 +198,15 @@ def _latents(recipe: DiTRecipe, rae: RAE, images: Images, run: Run) -> Iterator[
 
 
 @torch.no_grad()
-def _held_out_loss(model: DiffusionModel, rae: RAE, images: Images, recipe: DiTRecipe) -> float:
+def _held_out_loss(
+    model: DiffusionModel, rae: RAE, images: Images, recipe: DiTRecipe, left_out: Callable[[str], object]
+) -> float:
     """Mean loss over held-out images, with the same noise and times every time and no label dropped."""
     count, losses = min(len(images), recipe.run.evaluate_images), []
-    chunks = [range(start, min(start + 64, count)) for start in range(0, count, 64)]
-    for chunk, batch in zip(chunks, loader(Views(images, recipe.data, rae.image_size), chunks, recipe.data)):
+    for batch in readable(images, recipe.data, rae.image_size, range(count), batch=64, left_out=left_out):
         latents = rae.encode(to_unit(batch["image"].to(model.device)))
-        noise, u = (draw.to(model.device) for draw in noise_draws(chunk, _FIXED, rae.latent_shape))
+        draws = noise_draws(batch["index"].tolist(), _FIXED, rae.latent_shape)
+        noise, u = (draw.to(model.device) for draw in draws)
         labels = batch["label"].to(model.device)
         if recipe.network.unconditional:
             labels = torch.full_like(labels, model.null_label)

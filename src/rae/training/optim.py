@@ -16,8 +16,8 @@ Groups = Mapping[str, Sequence[tuple[str, nn.Parameter]]]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
-class OptimConfig(Config):
-    """Optimiser, schedule, clipping and EMA of a run.
+class OptimizerConfig(Config):
+    """Optimiser, schedule and clipping.
 
     The learning rate warms up, then goes from `lr` to `final_lr`, which it reaches at `decay_end` and keeps:
     `schedule: linear, warmup: 40ep, warmup_from_zero: false, decay_end: 800ep` is DiT-DH's (arXiv 2510.11690, App. D).
@@ -33,11 +33,10 @@ class OptimConfig(Config):
     betas: tuple[Decay, Decay] = (0.9, 0.95)  # AdamW's
     momentum: Decay = 0.95  # Muon's
     weight_decay: float = Field(0.0, ge=0)
-    clip: PositiveFloat | None = 1.0  # largest norm of all gradients together; None = no clipping
-    ema: Decay  # decay of the weights' moving average, the weights that are saved
+    clip: PositiveFloat | None = None  # largest norm of all gradients together, 1.0 for DiT-DH; None = no clipping
 
     @model_validator(mode="after")
-    def _consistent(self) -> "OptimConfig":
+    def _consistent(self) -> "OptimizerConfig":
         if (self.schedule == "constant") != (self.final_lr in (None, self.lr)):
             raise ValueError(
                 f"schedule {self.schedule!r} with lr {self.lr:g} and final_lr {self.final_lr}: give final_lr with "
@@ -46,7 +45,13 @@ class OptimConfig(Config):
         return self
 
 
-def build_optimizers(config: OptimConfig, groups: Groups) -> list[torch.optim.Optimizer]:
+class OptimConfig(OptimizerConfig):
+    """Those of a model whose weights are averaged."""
+
+    ema: Decay  # decay of the weights' moving average, the weights that are saved
+
+
+def build_optimizers(config: OptimizerConfig, groups: Groups) -> list[torch.optim.Optimizer]:
     """One optimiser, or Muon and AdamW side by side.
 
     Args:
@@ -105,7 +110,7 @@ def lr_factor(
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * p))
 
 
-def learning_rate(config: OptimConfig, warmup: int, decay_end: int, step: int) -> float:
+def learning_rate(config: OptimizerConfig, warmup: int, decay_end: int, step: int) -> float:
     """The rate of step k = 0, 1, ... by a recipe whose durations are `warmup` and `decay_end` steps."""
     return config.lr * lr_factor(
         step,

@@ -29,13 +29,13 @@ from rich.console import Console
 from rich.table import Table
 
 from rae.config import Config, ConfigError, load_recipe
-from rae.data.images import Stream
+from rae.data.images import DataConfig, Images, Stream, readable
 from rae.data.order import batch_positions, image_index
 from rae.processes import accelerator
 from rae.training.checkpoint import checkpoints, newest_checkpoint, read_state, save_checkpoint
 from rae.training.display import progress
 from rae.training.durations import Duration, in_images
-from rae.training.optim import OptimConfig, learning_rate
+from rae.training.optim import OptimizerConfig, learning_rate
 
 T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -44,6 +44,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FREE = {"run.duration", "run.log_every", "run.save_every", "run.evaluate_every", "run.keep", "run.trackers"}
 FREE |= {"run.evaluate_images", "sheet.images", "sheet.steps", "sheet.cfg", "data.workers"}
 FREE |= {"optim.warmup", "optim.decay_end", "encoder.name", "data.source", "data.held_out", "rae"}
+FREE |= {f"loss.adversarial.discriminator.optim.{key}" for key in ("warmup", "decay_end")}
+FREE |= {"loss.perceptual.vgg16", "loss.perceptual.heads"}
 
 
 class TrainingError(RuntimeError):
@@ -57,6 +59,7 @@ class RunConfig(Config):
     batch: PositiveInt  # images of one optimiser step, all processes together
     micro_batch: PositiveInt | None = None  # images that a process takes at a time; None = its part of the batch
     precision: Literal["fp32", "bf16"] = "fp32"  # what the trained model's matrix products compute in
+    recompute: bool = False  # keep no activations inside blocks, compute them again in the backward pass: less memory
     log_every: Duration = "50st"
     evaluate_every: Duration = "10%"  # held-out loss and a sheet of pictures
     evaluate_images: PositiveInt = 256  # of the held-out ones, at most
@@ -109,7 +112,8 @@ class Run:
         self.main = self.accelerator.is_main_process
         self.console = Console(stderr=True, quiet=not self.main)
         self.seen, self.stop, self._asked, self._window = 0, None, None, {}
-        self._schedules, self._broken, self._newly_broken = {}, set(), set()
+        self._best, self._best_at = math.inf, None  # of the figure that `judge` compares, and where it was
+        self._schedules, self._optims, self._broken, self._newly_broken = {}, {}, set(), set()
 
     def __enter__(self) -> "Run":
         """Claim the folder, compare the recipe with the one it was begun with, find the checkpoint to go on from.
@@ -142,7 +146,7 @@ class Run:
         """Optimiser steps made."""
         return self.seen // self.config.batch
 
-    def learning_rate(self, section: str, config: OptimConfig, epoch: int) -> Callable[[int], float]:
+    def learning_rate(self, section: str, config: OptimizerConfig, epoch: int) -> Callable[[int], float]:
         """step -> learning rate, by the recipe's section of that name. To be asked for before `resume`."""
         durations = (config.warmup, config.decay_end)
         in_steps = [
@@ -150,6 +154,7 @@ class Run:
             for duration in durations
         ]
         self._schedules[section] = in_steps
+        self._optims[section] = config
         return functools.partial(learning_rate, config, *in_steps)
 
     def positions(self) -> Iterator[range]:
@@ -165,13 +170,14 @@ class Run:
             with self.accelerator.no_sync(network) if number < count else contextlib.nullcontext():
                 yield part
 
-    def step_optimizers(self, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> float:
+    def clip_and_step(
+        self, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], clip: float | None
+    ) -> float:
         """Clip the gradients, step, clear them; returns their norm before clipping.
 
         Raises:
             TrainingError: the norm is not finite.
         """
-        clip = self.recipe.optim.clip
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip).item()
         self._require_finite("gradient's norm", norm)
         for optimizer in optimizers:
@@ -188,20 +194,23 @@ class Run:
                     f"{self.folder} was trained on {name} {state['identity'][name][:12]}, this is {name} {now[:12]}: "
                     "files were added, removed or changed. Restore them, or begin a new run in another folder."
                 )
-        self.seen, self._window = state["images"], state["window"]
+        self.seen, self._window, self._best = state["images"], state["window"], state["best"]
         self._say(f"resumed at {self.seen:,} of {self.total:,} images")
         for section, steps in self._schedules.items():
             begun = state["schedules"][section]
-            self.warn(_schedule_warning(section, getattr(self.recipe, section), begun, steps, self.step))
+            self.warn(_schedule_warning(section, self._optims[section], begun, steps, self.step))
 
     def state(self, identity: dict[str, str]) -> dict[str, Any]:
         """What `resume` needs."""
-        return {"images": self.seen, "identity": identity, "window": self._window, "schedules": self._schedules}
+        state = {"images": self.seen, "identity": identity, "window": self._window}
+        return state | {"schedules": self._schedules, "best": self._best}
 
-    def begin(self) -> None:
-        """Open progress, log and trackers: everything is loaded and the loop starts."""
+    def begin(self, title: str | None = None) -> None:
+        """Say `title`, open progress, log and trackers: everything is loaded and the loop starts."""
+        if title:
+            self._say(title)
         kept = _truncate_log(self.folder / "log.jsonl", self.seen) if self.main else []
-        self._broken = {line["broken"] for line in kept if "broken" in line}
+        self._broken |= {line["broken"] for line in kept if "broken" in line}
         if self.config.trackers:
             self.accelerator.init_trackers(self.folder.resolve().name)
             self._stack.callback(self.accelerator.end_training)
@@ -220,7 +229,7 @@ class Run:
     def due(self, what: Literal["log", "evaluate", "save"]) -> bool:
         return self.seen % self.every[what] == 0 or self.finished or (what == "save" and self.stop is not None)
 
-    def log(self, **figures: float) -> None:
+    def log(self, **figures: float) -> dict[str, float]:
         """All processes call it: log.jsonl and trackers get the averages since the last line, and `figures`."""
         self._tell_broken()
         now = time.monotonic()
@@ -229,6 +238,7 @@ class Run:
         means = {name: sum(values) / len(values) for name, values in self._window.items()}
         self._window = {}
         self.record(**means, **figures, images_per_second=round(rate, 2))
+        return means
 
     def record(self, **figures: Any) -> None:
         if self.main:
@@ -269,7 +279,8 @@ class Run:
     def save(self, write: Callable[[Path], None]) -> None:
         """Write a checkpoint; where a signal asked for the end, end here with its exit status."""
         if self.main:
-            save_checkpoint(self.folder, self.seen, write, self.config.keep)
+            best = self._best_at == self.seen
+            save_checkpoint(self.folder, self.seen, write, keep=self.config.keep, best=best)
         self.accelerator.wait_for_everyone()
         if self.stop is not None and not self.finished:
             self._say(
@@ -294,6 +305,25 @@ class Run:
             self.record(broken=name)
         self._newly_broken = set()
 
+    def check_held_out(self, images: Images | None, data: DataConfig, size: tuple[int, int]) -> None:
+        """Read the held-out images once, so that one that cannot be read ends the run now and not hours later."""
+        if images and self.main:
+            count = min(len(images), self.config.evaluate_images)
+            for _ in readable(images, data, size, range(count), batch=64, left_out=self.leave_out):
+                pass
+
+    def leave_out(self, name: str) -> None:
+        """Say once that a held-out image cannot be read and is left out."""
+        if name not in self._broken:
+            self._broken.add(name)
+            self.warn(f"{name} cannot be read; it is left out of the held-out images")
+
+    def judge(self, *, best_by: str, **figures: float) -> None:
+        """Record figures of held-out images; if none was lower, the checkpoint of this step becomes the `best`."""
+        self.record(**figures)
+        if best_by in figures and figures[best_by] < self._best:
+            self._best, self._best_at = figures[best_by], self.seen
+
     def warn(self, message: str | None) -> None:
         if message:
             self._say(message, style="yellow")
@@ -305,7 +335,8 @@ class Run:
         table = Table("written", "what", "size")
         rows = {
             f"checkpoints/{kept[-1].name}/model": "the model, EMA weights",
-            "checkpoints": f"the newest {len(kept)}",
+            "best": "names the checkpoint that did best on held-out images",
+            "checkpoints": f"{len(kept)}, each to go on from",
             "samples": "sheets of pictures",
             "log.jsonl": "figures",
             "recipe.yaml": "what was asked for",
@@ -373,7 +404,7 @@ def _check_recipe(folder: Path, recipe: Config) -> None:
     os.replace(aside, path)
 
 
-def _schedule_warning(section: str, config: OptimConfig, begun: list[int], now: list[int], step: int) -> str | None:
+def _schedule_warning(section: str, config: OptimizerConfig, begun: list[int], now: list[int], step: int) -> str | None:
     """What to say where a longer run, or another duration, moves the learning rate of the step to come."""
     before, after = (learning_rate(config, *steps, step) for steps in (begun, now))
     if before == after:

