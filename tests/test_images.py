@@ -11,17 +11,16 @@ import torch
 from PIL import Image
 
 from rae.config import ConfigError, load_recipe, parse
+from rae.data.crops import center_crop, random_crop
+from rae.data.image_set import read_image
 from rae.data.images import (
     DataConfig,
     ImageError,
     Stream,
     Views,
-    center_crop,
     loader,
     open_images,
     open_split,
-    random_crop,
-    read_image,
     readable,
     to_bytes,
     to_unit,
@@ -62,6 +61,15 @@ def test_class_folders_in_sorted_order(folder):
     image, label = images[2]
     assert label == 1
     np.testing.assert_array_equal(image, picture(40, 56, 0))
+
+
+def test_classes_of_a_folder_can_be_left_alone_and_columns_it_has_none(folder):
+    assert open_images(folder, label="").class_names is None
+    assert open_images(folder, label="").labels == [0] * 5
+    with pytest.raises(ImageError, match=r"data\.image=photo names a column, and .* has none: take the key out"):
+        open_images(folder, image="photo")
+    with pytest.raises(ImageError, match=r"data\.label=class names a column"):
+        open_split(DataConfig(source=str(folder), label="class"))
 
 
 def test_flat_folder_has_no_classes_and_identity_follows_the_files(folder):

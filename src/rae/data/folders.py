@@ -1,0 +1,201 @@
+"""Images as files in folders, those that travel inside packages, and what a source that names data files means."""
+
+import functools
+import glob
+import hashlib
+import importlib.util
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rae.data.image_set import SUFFIXES, ImageError, Images, digest, read_image
+
+OTHER_SUFFIXES = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl")  # images as well, and not read
+DATA_SUFFIXES = (".parquet", ".arrow", ".tar")  # files that hold many images
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+# Colour photographs that lie inside the scikit-image package itself; the others would be downloaded.
+PHOTOGRAPHS = (
+    ("astronaut", "astronaut.png"),
+    ("cat", "chelsea.png"),
+    ("coffee", "coffee.png"),
+    ("galaxies", "hubble_deep_field.jpg"),
+    ("tissue", "ihc.png"),
+    ("motorcycle", "motorcycle_left.png"),
+    ("retina", "retina.jpg"),
+    ("rocket", "rocket.jpg"),
+)
+
+
+# --- data files ------------------------------------------------------------------------------------------------------
+
+
+def find_data_files(source: str) -> list[Path]:
+    """The Parquet, Arrow or tar files that `source` means, in their order; none where it means something else.
+
+    Args:
+        source: a file; a folder of them; names with `{000..009}` or `{a,b}`, each of which must be there; or a pattern
+            with `*`, `?` or `[...]`. What exists by its very name is that, whatever characters are in it.
+
+    Raises:
+        ImageError: files of several kinds or parts, some that are missing, images beside them, compressed tar files.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _in_folder(path)
+    if source.endswith(COMPRESSED):
+        raise ImageError(f"{source} is compressed, and images are read from it in any order: unpack it to .tar first.")
+    if path.suffix not in DATA_SUFFIXES:
+        return []
+    names = [source] if path.exists() else list(_alternatives(source))
+    files = []
+    for name in names:
+        found = [name] if os.path.exists(name) else sorted(glob.glob(name))
+        if not found:
+            raise ImageError(f"{name}: no such file" + (f", of {len(names)} that {source} means." * (len(names) > 1)))
+        files += found
+    return _of_one_kind(source, [Path(file) for file in files])
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    files = sorted(f for f in folder.iterdir() if f.suffix in DATA_SUFFIXES and f.name[0] != "." and f.is_file())
+    if not files:
+        return []
+    if image := next(_walk(folder), None):
+        raise ImageError(
+            f"{folder} holds images ({image.relative_to(folder)}, for one) and also {len(files)} files like "
+            f"{files[0].name}: write {folder}/*{files[0].suffix} for those, or move them away for the images."
+        )
+    # train-00000-of-00002.parquet, train-00001-of-00002.parquet, test.parquet: train, test
+    parts = sorted({re.sub(r"[-_.]?\d+(-of-\d+)?$", "", file.stem) for file in files})
+    if len(parts) > 1:
+        raise ImageError(
+            f"{folder} holds files of {len(parts)} parts ({', '.join(parts)[:80]}): write which, such as "
+            f"{folder}/{parts[0]}*{files[0].suffix}, or {folder}/*{files[0].suffix} for all."
+        )
+    return _of_one_kind(str(folder), files)
+
+
+def _of_one_kind(source: str, files: list[Path]) -> list[Path]:
+    kinds = sorted({file.suffix for file in files})
+    if len(kinds) > 1:
+        raise ImageError(f"{source} means files of {len(kinds)} kinds ({', '.join(kinds)}); write a pattern for one.")
+    return files
+
+
+def _alternatives(text: str) -> Iterator[str]:
+    """`a{08..10}{x,y}` -> a08x, a08y, a09x, a09y, a10x, a10y, as a shell does."""
+    braces = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", text)
+    if not braces:
+        yield text
+        return
+    first, last, listed = braces.groups()
+    values = listed.split(",") if first is None else range(int(first), int(last) + 1)
+    if not values:
+        raise ImageError(f"{text}: {braces[0]} counts down and means no file; write the smaller number first.")
+    for value in values:
+        middle = value if first is None else str(value).zfill(len(first))
+        yield from _alternatives(text[: braces.start()] + middle + text[braces.end() :])
+
+
+# --- folders of images -----------------------------------------------------------------------------------------------
+
+
+def open_folder(root: Path) -> Images:
+    """A folder of images: sub-folders that hold some are classes, in sorted order; a flat folder has none.
+
+    Raises:
+        ImageError: no such folder, an empty one, one with images both in it and in sub-folders, or a class whose images
+            are all of a kind that is not read.
+    """
+    if not root.is_dir():
+        known = "a folder, .parquet, .arrow or .tar files, hf:owner/name, digits or photographs"
+        raise ImageError(f"{root}: no such folder of images. A source is {known}.")
+    flat = sorted(name for name in os.listdir(root) if _is_image(root / name))
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    found = {folder: sorted(str(file.relative_to(root)) for file in _walk(folder, root)) for folder in folders}
+    classes = {folder.name: files for folder, files in found.items() if files}
+    if flat and classes:
+        raise ImageError(
+            f"{root} holds {len(flat)} images and also {len(classes)} folders of images ({', '.join(classes)[:80]}): "
+            "move all images into folders, one for each class, or all into one folder without classes."
+        )
+    for folder, files in found.items():
+        other = None if files or flat else next(_walk(folder, root, OTHER_SUFFIXES), None)
+        if other:
+            raise ImageError(
+                f"{folder} would be a class, but of its images none is of a kind that is read ({', '.join(SUFFIXES)}): "
+                f"{other.name}, for one. Convert them, or move the folder away."
+            )
+    if not flat and not classes:
+        raise ImageError(f"{root} holds no images ({', '.join(SUFFIXES)}), and no {', '.join(DATA_SUFFIXES)} files.")
+    if flat:
+        return _from_files(root, flat, [0] * len(flat), None)
+    labels = [label for label, files in enumerate(classes.values()) for _ in files]
+    return _from_files(root, [file for files in classes.values() for file in files], labels, list(classes))
+
+
+def _walk(folder: Path, root: Path | None = None, suffixes: Sequence[str] = SUFFIXES) -> Iterator[Path]:
+    """The images below a folder; one that links lead to in several ways, or in circles, is read once; `root` never."""
+    seen = {os.path.realpath(root)} if root else set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()  # the first way to it, in every run
+        yield from (path for name in names if _is_image(path := Path(parent, name), suffixes))
+
+
+def _is_image(path: Path, suffixes: Sequence[str] = SUFFIXES) -> bool:
+    return path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
+
+
+def _from_files(root: Path, files: Sequence[str], labels: list[int], class_names: list[str] | None) -> Images:
+    paths = [str(root / file) for file in files]
+    listing = [f"{file} {os.path.getsize(path)}" for file, path in zip(files, paths)]
+    return Images(paths, labels, class_names, digest(listing), functools.partial(_read_file, paths))
+
+
+def _read_file(paths: list[str], index: int) -> np.ndarray:
+    return read_image(paths[index])
+
+
+# --- inside packages -------------------------------------------------------------------------------------------------
+
+
+def open_photographs() -> Images:
+    """Colour photographs of several hundred pixels, each a class of its own."""
+    root = Path(_package("skimage", "scikit-image")) / "data"
+    names, files = zip(*PHOTOGRAPHS)
+    return _from_files(root, files, list(range(len(files))), list(names))
+
+
+def open_digits() -> Images:
+    """1,797 handwritten digits of 8 x 8 pixels, in ten classes."""
+    _package("sklearn", "scikit-learn")
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # 17 levels 0..16 -> 0..255
+    return Images(
+        names=[f"digits[{i}]" for i in range(len(grey))],
+        labels=digits.target.tolist(),
+        class_names=[str(name) for name in digits.target_names],
+        identity=digest([hashlib.sha256(grey.tobytes()).hexdigest()]),
+        read=functools.partial(_read_grey, grey),
+    )
+
+
+def _read_grey(grey: np.ndarray, index: int) -> np.ndarray:
+    return grey[index][:, :, None].repeat(3, axis=2)  # [H, W] -> [H, W, 3]
+
+
+def _package(module: str, name: str) -> str:
+    found = importlib.util.find_spec(module)
+    if found is None:
+        raise ImageError(f"these images are inside {name}, which is not installed: pip install 'rae[demo]'.")
+    return found.submodule_search_locations[0]

@@ -1,0 +1,75 @@
+"""A set of images, wherever it is stored: what every source hands out, the errors of all of them, and the decoder."""
+
+import hashlib
+import io
+import re
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+class ImageError(ValueError):
+    """Images that cannot be used; the message names the file, row or folder and the remedy."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """A fixed list of labelled images, any of which can be read at any time.
+
+    `images[i]` is (uint8 [H, W, 3], label). Without classes `class_names` is None and every label is 0, which is
+    the null label of an unconditional model.
+    """
+
+    names: Sequence[str]
+    labels: Sequence[int]
+    class_names: list[str] | None
+    identity: str  # changes with the images' sizes in bytes, labels or order; a resumed run compares it
+    read: Callable[[int], np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return self.read(index), self.labels[index]
+
+
+def read_image(file: str | Path | bytes, name: str | None = None) -> np.ndarray:
+    """Decode one image to uint8 [H, W, 3], upright (the camera's orientation tag is applied), transparency on white.
+
+    Args:
+        file: a path, or what is in the file.
+        name: to call it in an error; None = the path.
+
+    Raises:
+        ImageError: not an image, cut short, or with more than 8 bits a channel.
+    """
+    name = str(file) if name is None else name
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as picture:
+            # Pillow has no mode for 16-bit colour: it reads raw "RGB;16B", for one, as 8 bits.
+            if picture.mode.startswith(("I", "F")) or re.search(r";16[A-Z]", repr(picture.tile)):
+                raise ImageError(f"{name}: more than 8 bits a channel (Pillow mode {picture.mode}); convert it to 8.")
+            picture = ImageOps.exif_transpose(picture)
+            if picture.has_transparency_data:
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture.convert("RGBA"))
+            return np.asarray(picture.convert("RGB"))
+    except FileNotFoundError as error:
+        raise ImageError(f"{name}: gone since the folder was listed.") from error
+    except (OSError, SyntaxError, TypeError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        if isinstance(error, ImageError):
+            raise
+        reason = "not an image that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        raise ImageError(
+            f"{name}: cannot be decoded ({reason}). Replace or remove it, or set data.on_broken: skip."
+        ) from error
+
+
+def digest(lines: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()

@@ -1,0 +1,263 @@
+"""Images in Parquet and Arrow files, in folders of `Dataset.save_to_disk`, and in data sets of the Hugging Face hub.
+
+Hugging Face `datasets` reads them all; it is imported when one is opened. Rows are Arrow's, mapped from the disk, so
+any of them can be read at any time; Parquet is converted to Arrow once, into the cache of `datasets`.
+"""
+
+import functools
+import glob
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rae.data.image_set import ImageError, Images, digest, read_image
+
+HUB = re.compile(r"hf:(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[^:@]+))?(@(?P<split>[^@]+))?")
+LABEL = "label"  # what a column of classes that does not say so by its type is mostly called
+SAMPLED = 64  # rows whose content the identity covers; of the others it knows the size
+
+
+def is_saved_dataset(source: str) -> bool:
+    """Whether a folder was written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
+    return any(os.path.isfile(f"{source}/{name}") for name in ("state.json", "dataset_dict.json"))
+
+
+def open_saved(folder: str, image: str | None, label: str | None) -> Images:
+    """A folder of `Dataset.save_to_disk`; `image` and `label` as in `open_images`."""
+    datasets = _import_datasets(folder)
+    if os.path.isfile(f"{folder}/dataset_dict.json"):
+        parts = sorted(path.name for path in Path(folder).iterdir() if is_saved_dataset(str(path)))
+        raise ImageError(f"{folder} holds {len(parts)} parts ({', '.join(parts)}): write which, {folder}/{parts[0]}.")
+    table = _attempt(folder, "Save it again, or copy it whole.", datasets.load_from_disk, folder)
+    return _images(table, [f"{folder} row {row}" for row in range(len(table))], folder, image, label)
+
+
+def open_tables(files: Sequence[Path], image: str | None, label: str | None) -> Images:
+    """Parquet or Arrow files, one after the other; `image` and `label` as in `open_images`."""
+    where = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+    datasets = _import_datasets(where)
+    remedy = "Copy it again, whole."
+    if files[0].suffix == ".arrow":
+        parts = [_attempt(file, remedy, datasets.Dataset.from_file, str(file)) for file in files]
+        shapes = [(len(part), part.features) for part in parts]
+        load = functools.partial(datasets.concatenate_datasets, parts)
+    else:
+        shapes = [_attempt(file, remedy, _parquet_shape, file) for file in files]
+        names = [glob.escape(os.path.abspath(file)) for file in files]
+        load = functools.partial(datasets.load_dataset, "parquet", data_files=names, split="train")
+    for file, (_, features) in zip(files, shapes):
+        _check_same_columns(files[0], shapes[0][1], file, features)
+    rows = [f"{file} row {row}" for file, (count, _) in zip(files, shapes) for row in range(count)]
+    if not rows:
+        raise ImageError(f"{where} has no rows.")
+    table = _attempt(where, remedy, load)
+    return _images(table, rows, where, image, label)
+
+
+def open_hub(source: str, image: str | None, label: str | None) -> Images:
+    """A data set of the hub, downloaded once into the cache of `datasets`.
+
+    Args:
+        source: "hf:owner/name", then ":config" where it has several, then "@split" (default: train), which may be a
+            part (`@train[:1000]`) or a sum (`@train+test`).
+        image, label: as in `open_images`.
+    """
+    named = HUB.fullmatch(source)
+    if not named:
+        raise ImageError(
+            f"{source} names no data set of the hub: write hf:owner/name, and where it has several of them the "
+            "configuration and the split: hf:owner/name:config@split."
+        )
+    if os.path.exists(named["id"]):  # which `datasets` would read in place of the hub's
+        raise ImageError(
+            f"{source} means a data set of the hub, and there is {named['id']} here: write ./{named['id']}."
+        )
+    datasets = _import_datasets(source)
+    remedy = (
+        "Check owner, name, configuration and split; `hf auth login` opens those behind a licence; HF_ENDPOINT names a "
+        "mirror that can be reached, HF_HOME a cache that has it. Or save_to_disk(folder) it elsewhere, and give that "
+        "folder."
+    )
+    split = named["split"] or "train"
+    table = _attempt(source, remedy, datasets.load_dataset, named["id"], named["config"], split=split)
+    return _images(table, [f"{source} row {row}" for row in range(len(table))], source, image, label)
+
+
+def _images(table: Any, names: list[str], where: str, image: str | None, label: str | None) -> Images:
+    if not len(table):
+        raise ImageError(f"{where} has no rows.")
+    pixels = _image_column(table, where, image)
+    labels, class_names = _classes(table, names, where, label)
+    sizes = [size if size is not None else _outside(pixels[i]) for i, size in enumerate(_sizes(pixels))]
+    sampled = [_content(pixels[i]) for i in range(0, len(pixels), -(-len(pixels) // SAMPLED))]
+    rows = [f"{size} {number}" for size, number in zip(sizes, labels)]
+    identity = digest([*rows, *sampled, *(class_names or [])])
+    return Images(names, labels, class_names, identity, functools.partial(_read, pixels, names))
+
+
+# --- columns ---------------------------------------------------------------------------------------------------------
+
+
+def _image_column(table: Any, where: str, name: str | None) -> Any:
+    """The table with the column of images alone, as what is in the files and not yet decoded."""
+    import datasets
+
+    if name is None:
+        found = [column for column, kind in table.features.items() if isinstance(kind, datasets.Image)]
+        if len(found) != 1:
+            raise ImageError(
+                f"{where} has {len(found)} columns of type Image{_listed(found)}, of the columns "
+                f"{', '.join(table.column_names)}: name the one with data.image."
+            )
+        (name,) = found
+    kind = _feature(table, where, "image", name)
+    table = table.select_columns([name])
+    if isinstance(kind, datasets.Image):
+        return table.cast_column(name, datasets.Image(decode=False))
+    holder = kind.get("bytes") if isinstance(kind, dict) else kind
+    if getattr(holder, "dtype", None) not in ("binary", "large_binary"):
+        raise ImageError(
+            f"data.image={name}: this column of {where} is {kind}; images are of type Image, or the bytes of files "
+            "(binary, or a struct with bytes)."
+        )
+    return table
+
+
+def _classes(table: Any, names: list[str], where: str, name: str | None) -> tuple[list[int], list[str] | None]:
+    """Labels of all rows and the classes' names."""
+    import datasets
+
+    none = [0] * len(table), None
+    if name == "":
+        return none
+    if name is None:
+        found = [column for column, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)]
+        if len(found) > 1:
+            raise ImageError(
+                f"{where} has {len(found)} columns of classes{_listed(found)}: name one with data.label, or "
+                "leave classes alone with data.label=''."
+            )
+        if not found and LABEL not in table.column_names:
+            return none
+        name = found[0] if found else LABEL
+    kind = _feature(table, where, "label", name)
+    values = table.select_columns([name]).with_format("arrow")[:].column(0).to_pylist()
+    if isinstance(kind, datasets.ClassLabel) and set(values) == {-1}:
+        return none  # how the hub marks a test set whose classes are kept secret
+    dtype = getattr(kind, "dtype", "")
+    if dtype in ("string", "large_string") and None not in values:
+        class_names = sorted(set(values))
+        numbers = {value: number for number, value in enumerate(class_names)}
+        return [numbers[value] for value in values], class_names
+    if not isinstance(dtype, str) or not re.fullmatch(r"u?int\d+|(large_)?string", dtype):
+        raise ImageError(
+            f"{where}: the column {name} is {kind}; classes are of type ClassLabel, whole numbers or strings. Name "
+            "another with data.label, or leave classes alone with data.label=''."
+        )
+    class_names = kind.names if isinstance(kind, datasets.ClassLabel) else None
+    most = len(class_names) if class_names else float("inf")
+    for row, value in zip(names, values):
+        if value is None or not 0 <= value < most:
+            raise ImageError(
+                f"{row}: the label in {name} is {value}, of classes from 0"
+                + f" to {most - 1}" * bool(class_names)
+                + ". "
+                "Correct it, or leave classes alone with data.label=''."
+            )
+    return values, class_names or [str(number) for number in range(max(values) + 1)]
+
+
+def _feature(table: Any, where: str, key: str, name: str) -> Any:
+    if name not in table.column_names:
+        raise ImageError(f"data.{key}={name}: {where} has no such column; it has {', '.join(table.column_names)}.")
+    return table.features[name]
+
+
+def _listed(found: Sequence[str]) -> str:
+    return f" ({', '.join(found)})" if found else ""
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _read(pixels: Any, names: list[str], index: int) -> np.ndarray:
+    data, path = _parts(pixels[index])
+    if data is None and not path:
+        raise ImageError(f"{names[index]}: there is no image. Take the row out, or set data.on_broken: skip.")
+    if data is None and not os.path.isfile(path):
+        raise ImageError(
+            f"{names[index]}: its image is not in the table but in {path}, which is not here. Copy it as well, or set "
+            "data.on_broken: skip."
+        )
+    return read_image(path if data is None else data, names[index])
+
+
+def _parts(row: dict[str, Any]) -> tuple[bytes | None, str | None]:
+    """What is in the image's file, and the path of the file where it lies outside the table."""
+    (value,) = row.values()
+    return (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+
+
+def _sizes(pixels: Any) -> Iterator[int | None]:
+    """Bytes of every image, from Arrow's offsets: no image is read. None = no bytes in the table."""
+    import pyarrow
+    import pyarrow.compute
+
+    for batch in pixels.with_format("arrow").iter(10_000):
+        column = batch.column(0)
+        if pyarrow.types.is_struct(column.type):
+            column = pyarrow.compute.struct_field(column, "bytes")
+        yield from pyarrow.compute.binary_length(column).to_pylist()
+
+
+def _outside(row: dict[str, Any]) -> int:
+    _, path = _parts(row)
+    return os.path.getsize(path) if path and os.path.isfile(path) else -1
+
+
+def _content(row: dict[str, Any]) -> str:
+    return hashlib.sha256(_parts(row)[0] or b"").hexdigest()
+
+
+# --- datasets --------------------------------------------------------------------------------------------------------
+
+
+def _import_datasets(where: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImageError(f"{where} is read by datasets, which is not installed: pip install 'rae[data]'.") from error
+    return datasets
+
+
+def _parquet_shape(file: Path) -> tuple[int, dict[str, Any]]:
+    """Number of rows, and types of the columns."""
+    import datasets
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(file) as opened:
+        return opened.metadata.num_rows, datasets.Features.from_arrow_schema(opened.schema_arrow)
+
+
+def _check_same_columns(first: Path, wanted: dict[str, Any], file: Path, features: dict[str, Any]) -> None:
+    # `datasets` fills missing columns with nothing, and reads one file's class numbers by another's names.
+    for name in {**wanted, **features}:
+        if wanted.get(name) != features.get(name):
+            raise ImageError(
+                f"{file} cannot be read together with {first}: its column {name} is {features.get(name)}, that of the "
+                f"other {wanted.get(name)}. Name files that belong together."
+            )
+
+
+def _attempt(where: str | Path, remedy: str, load: Callable, *arguments, **options) -> Any:
+    try:
+        return load(*arguments, **options)
+    except Exception as error:  # Arrow's errors, the hub's and its HTTP client's have no common base
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        raise ImageError(f"{where} cannot be read ({reason}). {remedy}") from error
