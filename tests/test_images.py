@@ -194,6 +194,20 @@ def test_random_crop_reaches_every_place_of_the_enlarged_image():
     assert tiles == {whole[r : r + 8, c : c + 8].tobytes(): (r, c) for r in range(5) for c in range(5)}
 
 
+@pytest.mark.parametrize("shape", [(375, 500), (90, 61), (700, 1100)])
+def test_random_crop_is_a_part_of_the_scaled_image(shape):
+    image = np.asarray(Image.fromarray(picture(9, 12)).resize(shape[::-1], Image.Resampling.BICUBIC))
+    scale = 192 / min(shape)
+    whole = np.asarray(
+        Image.fromarray(image).resize((int(shape[1] * scale), int(shape[0] * scale)), Image.Resampling.BICUBIC)
+    )
+    for draws in np.random.default_rng(0).random((5, 2)):
+        top, left = (int(draw * (side - 128 + 1)) for draw, side in zip(draws, whole.shape))
+        apart = np.abs(random_crop(image, (128, 128), draws).astype(int) - whole[top : top + 128, left : left + 128])
+        assert apart.max() <= 2
+        assert (apart > 0).mean() < 0.02
+
+
 # --- the stream
 
 

@@ -34,6 +34,9 @@ def center_crop(image: np.ndarray, size: tuple[int, int], filter: str = "bicubic
 def random_crop(image: np.ndarray, size: tuple[int, int], draws: Sequence[float]) -> np.ndarray:
     """Scale the image (bicubic, antialiased) to just cover 1.5 x `size`, then cut out a random part (Sec. 3, App. C).
 
+    Only that part is computed, which takes a third of the time. Pillow keeps its place in float32, so that of the
+    values cut out of the whole scaled image about 1 in 200 is another, by one level and seldom by two.
+
     Args:
         image: uint8 [H, W, 3] of any size.
         size: (h, w) in pixels; 256 is cut out of 384.
@@ -45,8 +48,8 @@ def random_crop(image: np.ndarray, size: tuple[int, int], draws: Sequence[float]
     height, width = size
     scale = max(1.5 * height / image.shape[0], 1.5 * width / image.shape[1])
     # round(.., 6): 1.5 x the shorter side comes back whole, the longer side is cut to whole pixels as in the reference
-    scaled = (int(round(image.shape[1] * scale, 6)), int(round(image.shape[0] * scale, 6)))
-    picture = np.asarray(Image.fromarray(image).resize(scaled, Image.Resampling.BICUBIC))
-    top = int(draws[0] * (picture.shape[0] - height + 1))
-    left = int(draws[1] * (picture.shape[1] - width + 1))
-    return picture[top : top + height, left : left + width]
+    rows, columns = (int(round(side * scale, 6)) for side in image.shape[:2])
+    top, left = int(draws[0] * (rows - height + 1)), int(draws[1] * (columns - width + 1))
+    down, right = image.shape[0] / rows, image.shape[1] / columns  # pixels of the image for one of the scaled image
+    box = (left * right, top * down, (left + width) * right, (top + height) * down)
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC, box=box))
