@@ -65,6 +65,7 @@ def test_random_crops_cannot_be_kept():
 def test_nothing_is_computed_by_processes_that_do_not_see_each_other(folder, monkeypatch):
     accelerator()  # alone, as accelerate finds it where the launcher's variables are set too late
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     data = DataConfig(source=str(folder), on_broken="skip")
     with pytest.raises(ProcessError, match="the launcher started 2 processes, and this one sees 1"):
         latent_statistics(lambda x: x, (3, 4, 6), open_images(folder), data, (4, 6))

@@ -54,6 +54,13 @@ def dit_recipe(rae: Path, **changes) -> DiTRecipe:
     )
 
 
+def adversarial(encoder: Path, *, discriminator: dict | None = None, **changes) -> dict:
+    """The section of a recipe, for a discriminator on the same small encoder; both players from the first step."""
+    small = {"features": str(encoder), "input_size": 16, "depths": (0,), "kernel": 3, "start": "0st"}
+    small["optim"] = {"lr": 1e-3}
+    return {"start": "0st", "discriminator": small | (discriminator or {})} | changes
+
+
 def _change(recipe, changes: dict):
     """The recipe with dotted keys changed, as `section__key=value`."""
     data = recipe.model_dump()
@@ -73,24 +80,32 @@ from rae.processes import process_state
 from rae.training.decoder import DecoderRecipe, train_decoder
 from rae.training.dit import DiTRecipe, train_dit
 
-stage, processes, recipe, folder = sys.argv[1:]
+stage, processes, *runs = sys.argv[1:]
 schema, train = {"1": (DecoderRecipe, train_decoder), "2": (DiTRecipe, train_dit)}[stage]
 assert process_state().num_processes == int(processes), process_state()
-train(load_recipe(schema, recipe), folder)
+for recipe, folder in zip(runs[::2], runs[1::2]):
+    train(load_recipe(schema, recipe), folder)
 """
 
 
 def train_in_processes(count: int, recipe, folder: Path) -> Path:
     """Train in `count` processes of one thread each; returns the folder."""
-    script, file = folder.with_suffix(".py"), folder.with_suffix(".yaml")
+    train_all_in_processes(count, {folder: recipe})
+    return folder
+
+
+def train_all_in_processes(count: int, recipes: dict[Path, DecoderRecipe | DiTRecipe]) -> None:
+    """Train recipes of one stage into their folders, one after another in the same processes."""
+    for folder, recipe in recipes.items():
+        folder.with_suffix(".yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
+    script = folder.with_suffix(".py")
     script.write_text(_TRAIN)
-    file.write_text(json.dumps(recipe.model_dump(mode="json")))
+    runs = [path for folder in recipes for path in (folder.with_suffix(".yaml"), folder)]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     stage = "1" if isinstance(recipe, DecoderRecipe) else "2"
     subprocess.run(
-        [*launch, script, stage, str(count), file, folder],
+        [*launch, script, stage, str(count), *runs],
         check=True,
         capture_output=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    return folder

@@ -175,6 +175,41 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.head = Linear(config.width, config.patch_size**2 * 3)
 
+    @torch.no_grad()
+    def start_from(self, other: "Decoder") -> list[str]:
+        """Take over another decoder's weights, for another domain, encoder or resolution.
+
+        The blocks must be of the same shape. The embedding fits another encoder only if that has as many channels, the
+        last layer only patches of the same size; where they do not fit they stay as they were initialised. Positions
+        are resized bicubically to this grid.
+
+        Returns:
+            What was not taken over as it is, in words.
+
+        Raises:
+            ValueError: another width, depth, number of heads or MLP width.
+        """
+        mine, theirs = self.config, other.config
+        for name in ("width", "depth", "heads", "mlp_width", "norm_eps"):
+            if getattr(mine, name) != getattr(theirs, name):
+                raise ValueError(
+                    f"a decoder of {name} {getattr(mine, name)} cannot start from one of {getattr(theirs, name)}; "
+                    f"take decoder.size=[{theirs.width},{theirs.depth},{theirs.heads},{theirs.mlp_width}]."
+                )
+        state, said = other.state_dict(), []
+        if mine.latent_channels != theirs.latent_channels:
+            said.append(f"the embedding begins anew: {theirs.latent_channels} -> {mine.latent_channels} channels")
+        if mine.patch_size != theirs.patch_size:
+            said.append(f"the last layer begins anew: patches of {theirs.patch_size} -> {mine.patch_size} pixels")
+        if mine.grid != theirs.grid:
+            table = tokens_to_map(other.positions[:, 1:], theirs.grid)
+            table = map_to_tokens(F.interpolate(table, mine.grid, mode="bicubic", align_corners=False))
+            state["positions"] = torch.cat([other.positions[:, :1], table], dim=1)
+            said.append(f"positions are resized: {theirs.grid} -> {mine.grid} tokens")
+        fitting = {name: value for name, value in state.items() if value.shape == self.state_dict()[name].shape}
+        self.load_state_dict(self.state_dict() | fitting)
+        return said
+
     def forward(
         self,
         tokens: Tensor,

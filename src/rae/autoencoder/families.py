@@ -35,6 +35,7 @@ ENCODERS = {
     "mae-base":               Row( 768, 12, 12,  16, IMAGENET, "hub:facebook/vit-mae-base"),
     "mae-large":              Row(1024, 24, 16,  16, IMAGENET, "hub:facebook/vit-mae-large"),
     "mae-huge":               Row(1280, 32, 16,  14, IMAGENET, "hub:facebook/vit-mae-huge"),
+    "dino-small-8":           Row( 384, 12,  6,   8, IMAGENET, "hub:facebook/dino-vits8"),
     "dinov3-small":           Row( 384, 12,  6,  16, IMAGENET, "hub:facebook/dinov3-vits16-pretrain-lvd1689m"),
     "dinov3-base":            Row( 768, 12, 12,  16, IMAGENET, "hub:facebook/dinov3-vitb16-pretrain-lvd1689m"),
     "dinov3-large":           Row(1024, 24, 16,  16, IMAGENET, "hub:facebook/dinov3-vitl16-pretrain-lvd1689m"),

@@ -193,17 +193,11 @@ class RAE(nn.Module):
         """
         folder = find_folder(folder_or_hub_id, "an autoencoder")
         config = read_json(RAEConfig, folder / "config.json")
-        decoder_weights = load_tensors(folder, "decoder.safetensors", config.files)
         stats = None
         if config.standardised:
             statistics = load_tensors(folder, "statistics.safetensors", config.files)
             stats = statistics["mean"], statistics["var"]
-        with torch.device("meta"):
-            decoder = Decoder(config.decoder)
-        try:
-            decoder.load_state_dict(decoder_weights, assign=True)
-        except RuntimeError as error:
-            raise ValueError(f"{folder / 'decoder.safetensors'} does not fit its config.json: {error}") from error
+        decoder = _read_decoder(folder, config)
         if encoder is None:
             encoder = open_encoder(config.encoder, folder / "encoder" if config.encoder_included else None)
         _check_encoder(encoder, config, folder)
@@ -224,6 +218,23 @@ class RAE(nn.Module):
             if statistic is not None:
                 digest.update(statistic.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+def load_decoder(folder_or_hub_id: str | Path) -> Decoder:
+    """The decoder of a saved autoencoder, without its encoder; arguments and errors as in `RAE.from_pretrained`."""
+    folder = find_folder(folder_or_hub_id, "an autoencoder")
+    return _read_decoder(folder, read_json(RAEConfig, folder / "config.json"))
+
+
+def _read_decoder(folder: Path, config: RAEConfig) -> Decoder:
+    weights = load_tensors(folder, "decoder.safetensors", config.files)
+    with torch.device("meta"):
+        decoder = Decoder(config.decoder)
+    try:
+        decoder.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{folder / 'decoder.safetensors'} does not fit its config.json: {error}") from error
+    return decoder
 
 
 def _check_encoder(encoder: Encoder, config: RAEConfig, folder: Path) -> None:

@@ -121,7 +121,8 @@ def photographs(out: Path, quick: bool) -> Study:
     return Study(
         folder,
         "Photographs: left two thirds seen in training, right thirds held out",
-        f"Tiles of {SIDE} x {SIDE} pixels, cut out of scikit-image's eight photographs.",
+        f"Tiles of {SIDE} x {SIDE} pixels, cut out of scikit-image's eight photographs: a few minutes of training on "
+        "so few pictures give colours and shapes, not yet details.",
         _photo_decoder(data, quick, input_side=168, patch_size=8, statistics=False),
         prepare=prepare,
         whole="photographs",

@@ -153,7 +153,9 @@ class Adversary:
                 f"the adversarial term starts at {config.start}, before its discriminator is trained, at {own.start}."
             )
         self._first, self._begin = first, begin
-        self._learning_rate = run.learning_rate("loss.adversarial.discriminator.optim", own.optim, epoch=epoch)
+        self._learning_rate = run.learning_rate(
+            "loss.adversarial.discriminator.optim", own.optim, epoch=epoch, start=first // batch
+        )
 
     @property
     def trains(self) -> bool:
@@ -220,9 +222,9 @@ class Adversary:
 
 def open_frozen(name: str, side: int):
     """The discriminator's frozen network; `name` as in `DiscriminatorConfig.features`."""
-    if name.endswith(".pth"):
-        name = open_dino(Path(name).expanduser(), cache_folder() / "dino-small-8")
     try:
+        if name.endswith(".pth"):
+            name = open_dino(Path(name).expanduser(), cache_folder() / "dino-small-8")
         return load_encoder(name, image_size=side, input_size=side)
     except SourceError as error:
         raise SourceError(

@@ -15,7 +15,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from rae.autoencoder.decoder import DECODERS, Decoder, DecoderConfig
 from rae.autoencoder.encoders import Encoder, EncoderConfig, describe_encoder, open_encoder
 from rae.autoencoder.latents import LatentStats, SigmaLaw, add_noise, draw_sigma, tokens_to_map
-from rae.autoencoder.rae import RAE
+from rae.autoencoder.rae import RAE, load_decoder
 from rae.config import Config, ConfigError, Size, parse
 from rae.data.images import DataConfig, Images, Stream, Views, loader, open_split, readable, to_unit
 from rae.data.order import noise_draws
@@ -54,6 +54,7 @@ class DecoderChoice(Config):
     size: Literal[tuple(DECODERS)] | tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt]
     # a row of DECODERS, or [width, depth, heads, MLP width]
     patch_size: PositiveInt  # pixels per side that a token becomes; twice as many give twice the resolution (Sec. 6.1)
+    init: str | None = None  # autoencoder (folder or hub id) whose decoder this one starts from; None = begin anew
 
     def describe(self, encoder: EncoderConfig) -> DecoderConfig:
         width, depth, heads, mlp_width = DECODERS[self.size] if isinstance(self.size, str) else self.size
@@ -132,7 +133,10 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path) -> Path:
         # --- construct ------------------------------------------------------------------------------------------------
         encoder = open_encoder(described).to(device)
         torch.manual_seed(recipe.seed)
-        decoder = Decoder(config).to(device)
+        decoder = Decoder(config)
+        if recipe.decoder.init and not run.checkpoint:
+            _start_from(decoder, recipe.decoder.init, run)
+        decoder.to(device)
         ema = make_ema(decoder)
         objective = Objective(recipe.loss, encoder, config.patch_size, run, seed=recipe.seed, epoch=len(images))
         optimizers = build_optimizers(recipe.optim, parameter_groups(decoder))
@@ -151,6 +155,8 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path) -> Path:
         rae = RAE(encoder, ema, _statistics(recipe, encoder, images, run))
         encoder.to(DTYPES[choice.precision])  # after the statistics, which are those of its float32 weights
         network = run.accelerator.prepare(decoder)
+        if recipe.run.compile:
+            network = torch.compile(network)  # after the EMA was copied: it averages the weights themselves
         stream = Stream(images, recipe.data, config.output_size, recipe.seed)
         resize = config.output_size != described.image_size  # up-sampling decoder: the encoder sees fewer pixels
         cache = cache_tokens(encoder, images, recipe.data, config.output_size) if recipe.tokens == "memory" else None
@@ -207,6 +213,14 @@ def _check_sizes(encoder: EncoderConfig, decoder: DecoderConfig) -> None:
             f"{out_height} x {out_width}, the encoder takes {height} x {width}; they must be equal, or a whole "
             f"multiple for an up-sampling decoder. decoder.patch_size={height / decoder.grid[0]:g} makes them equal."
         )
+
+
+def _start_from(decoder: Decoder, source: str, run: Run) -> None:
+    try:
+        changes = decoder.start_from(load_decoder(source))
+    except ValueError as error:
+        raise ConfigError(f"decoder.init: {error}") from error
+    run.warn("; ".join([f"the decoder starts from {source}", *changes]))
 
 
 def _identity(encoder: Encoder) -> str:

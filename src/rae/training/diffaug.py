@@ -56,5 +56,5 @@ def _holes(size: tuple[int, int], hole_y: Tensor, hole_x: Tensor, cutout: float)
         start = (r * (side + 1 - length % 2)).floor().long()[:, None] - length // 2
         at = torch.arange(side, device=r.device)
         # the last pixel that it covers is clamped into the image, as is the first
-        inside.append((at >= start.clamp(0, side - 1)) & (at <= (start + length - 1).clamp(0, side - 1)))
+        inside.append((at >= start.clamp(0, side - 1)) & (at <= (start + length - 1).clamp(0, side - 1)) & (length > 0))
     return 1.0 - (inside[0][:, :, None] & inside[1][:, None, :]).float()

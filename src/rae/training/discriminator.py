@@ -108,7 +108,7 @@ class Discriminator(nn.Module):
     ) -> None:
         super().__init__()
         last = features.config.depth - 1
-        if not depths or max(depths) > last:
+        if not depths or min(depths) < 0 or max(depths) > last:
             raise ValueError(f"depths {list(depths)} of {features.config.name}, whose blocks are 0 to {last}.")
         if kernel % 2 == 0:
             raise ValueError(f"kernel {kernel} of the discriminator's heads is even; take an odd one.")

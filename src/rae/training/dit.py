@@ -136,6 +136,8 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
         if run.finished:
             return run.conclude()
         network = run.accelerator.prepare(model.network)
+        if recipe.run.compile:
+            network = torch.compile(network)  # after the EMA was copied: it averages the weights themselves
         predict = functools.partial(network, dtype=model.dtype, recompute=recipe.run.recompute)
         batches = _latents(recipe, rae, images, run)
 

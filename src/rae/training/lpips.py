@@ -54,20 +54,22 @@ class LPIPS(nn.Module):
 
     def load_published(self, tensors: Mapping[str, Tensor]) -> None:
         """Take weights under their published names: `features.N.*` of torchvision's VGG16 or `net.sliceS.I.*` of the
-        LPIPS packages, and `linS.model.1.weight`. VGG16's classifier and LPIPS's constants are passed over.
+        LPIPS packages, and `linS.model.1.weight`. VGG16's classifier and what LPIPS holds besides are passed over.
 
         Raises:
             KeyError: names that are missing or unknown.
         """
         state = {}
         for name, value in tensors.items():
-            if found := re.fullmatch(r"(?:features|net\.slice(\d))\.(\d+)\.(weight|bias)", name):
+            if found := re.fullmatch(r"(?:features|net\.slice([1-5]))\.(\d+)\.(weight|bias)", name):
                 index, start = int(found[2]), _STARTS[int(found[1] or 1) - 1]
                 index += start if index < start else 0  # some count the layers of a slice from 0
+                if index not in _FEATURES:
+                    raise KeyError(f"unknown tensor {name!r}; VGG16 (without batch norm) has no such convolution.")
                 state[f"convolutions.{_FEATURES.index(index)}.{found[3]}"] = value
             elif found := re.fullmatch(r"lin(\d)\.model\.1\.weight", name):
                 state[f"weights.{found[1]}"] = value.flatten()
-            elif not re.match(r"classifier\.|scaling_layer\.", name):
+            elif not re.match(r"classifier\.|scaling_layer\.|lins\.", name):  # lins.S are lin0 to lin4 once more
                 raise KeyError(f"unknown tensor {name!r}; VGG16 has features.N.*, LPIPS linS.model.1.weight.")
         if missing := self.state_dict().keys() - state.keys():
             raise KeyError(f"no tensors for {', '.join(sorted(missing)[:5])}; VGG16's and LPIPS's are both needed.")

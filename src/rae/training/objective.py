@@ -62,7 +62,7 @@ class Gradients:
         adversarial: of the adversarial term; None while it is off.
         figures: [3], what these images add to the means of L1, perceptual and adversarial loss.
         norms: what lambda compares, of reconstruction and adversary: at the last layer the gradients of its weight
-            [2,p p 3,W], at the image the sums of squares of the two gradients above [2].
+            [2,p p 3,W], at the image the sums of squares of the gradients with respect to images in [0,1] [2].
     """
 
     reconstruction: Tensor
@@ -128,7 +128,7 @@ class Objective:
             TrainingError: a figure that is not finite.
         """
         plays, trains = (self._adversary and getattr(self._adversary, on) for on in ("plays", "trains"))
-        judged, weight, total = [], None, torch.zeros(3, device=self.run.accelerator.device)
+        judged, weight, norms, total = [], None, 0.0, torch.zeros(3, device=self.run.accelerator.device)
         parts = list(parts) if trains else parts
         if plays and len(parts) > 1:
             # lambda is of the whole batch: all of it is judged first, and then decoded once more with a graph
@@ -136,7 +136,8 @@ class Objective:
                 with torch.no_grad():
                     decoded, hidden = self._decode(decoder, part.noisy)
                 judged.append(self._judge(decoded, hidden, part))
-            weight = self._weight(sum(gradients.norms for gradients in judged))
+                norms, judged[-1].norms = norms + judged[-1].norms, None  # as large as the last layer, each
+            weight = self._weight(norms)
         for number, part in enumerate(self.run.accumulate(decoder, parts)):
             decoded, hidden = self._decode(decoder, part.noisy)
             gradients = judged[number] if judged else self._judge(decoded, hidden, part)
@@ -212,20 +213,27 @@ class Objective:
             of_adversarial = self._gradient(adversarial, x)
             norms = self._norms(of_reconstruction, of_adversarial, hidden)
         figures = torch.stack([loss.detach().sum() for loss in (l1, perceptual, adversarial)]) / self.run.local_batch
-        return Gradients(of_reconstruction, of_adversarial, figures, norms)
+        both = (None if g is None else self._through_normalisation(g) for g in (of_reconstruction, of_adversarial))
+        return Gradients(*both, figures, norms)
 
     def _gradient(self, losses: Tensor, x: Tensor) -> Tensor:
-        """Of the losses' share of the mean over the process's batch, with respect to decoded images."""
+        """Of the losses' share of the mean over the process's batch, with respect to [0,1] images."""
         (gradient,) = torch.autograd.grad(losses.sum() / self.run.local_batch, x)
-        return gradient * gradient.new_tensor(self.encoder.std).view(3, 1, 1)  # x = decoded * std + mean
+        return gradient
+
+    def _through_normalisation(self, gradient: Tensor) -> Tensor:
+        """With respect to [0,1] images -> to what the decoder puts out: images = decoded * std + mean."""
+        return gradient * gradient.new_tensor(self.encoder.std).view(3, 1, 1)
 
     def _norms(self, reconstruction: Tensor, adversarial: Tensor, hidden: Tensor) -> Tensor:
+        """What lambda compares, from gradients with respect to [0,1] images; see `Gradients`."""
         both = (reconstruction, adversarial)
         if self.config.adversarial.adapt_at == "image":
             return torch.stack([gradient.square().sum() for gradient in both])
         # patches = hidden W^T + b, so the gradient of W is (gradient of the patches)^T hidden
-        inputs = hidden.flatten(0, 1).float()
-        return torch.stack([patchify(gradient, self.patch_size).flatten(0, 1).T @ inputs for gradient in both])
+        inputs = hidden.flatten(0, 1).to(reconstruction.dtype)
+        patches = (patchify(self._through_normalisation(g), self.patch_size).flatten(0, 1) for g in both)
+        return torch.stack([g.T @ inputs for g in patches])
 
     def _weight(self, norms: Tensor) -> Tensor:
         """lambda of the whole batch of all processes, from the sum of its parts' `norms`."""

@@ -152,8 +152,10 @@ def open_dino(path: Path, folder: Path) -> Path:
     """DINO-S/8's published file -> a folder in the transformers layout, made once.
 
     Raises:
-        SourceError: another file.
+        SourceError: no file, or another one.
     """
+    if not path.is_file():
+        raise SourceError(f"{path}: no such file (DINO-S/8).")
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "md5").hexdigest()
     if not found.startswith(DINO_S8_MD5):
@@ -166,5 +168,9 @@ def open_dino(path: Path, folder: Path) -> Path:
             whole = Path(aside, "whole")
             whole.mkdir()
             write_dino(dino_keys(torch.load(path, map_location="cpu", weights_only=True)), whole, heads=6)
-            whole.rename(folder)
+            try:
+                whole.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # not another process that was faster
+                    raise
     return folder

@@ -60,6 +60,7 @@ class RunConfig(Config):
     micro_batch: PositiveInt | None = None  # images that a process takes at a time; None = its part of the batch
     precision: Literal["fp32", "bf16"] = "fp32"  # what the trained model's matrix products compute in
     recompute: bool = False  # keep no activations inside blocks, compute them again in the backward pass: less memory
+    compile: bool = False  # torch.compile the trained network: a minute at the start, faster steps
     log_every: Duration = "50st"
     evaluate_every: Duration = "10%"  # held-out loss and a sheet of pictures
     evaluate_images: PositiveInt = 256  # of the held-out ones, at most
@@ -146,16 +147,24 @@ class Run:
         """Optimiser steps made."""
         return self.seen // self.config.batch
 
-    def learning_rate(self, section: str, config: OptimizerConfig, epoch: int) -> Callable[[int], float]:
-        """step -> learning rate, by the recipe's section of that name. To be asked for before `resume`."""
-        durations = (config.warmup, config.decay_end)
-        in_steps = [
+    def learning_rate(
+        self, section: str, config: OptimizerConfig, *, epoch: int, start: int = 0
+    ) -> Callable[[int], float]:
+        """step of the run -> learning rate, by the recipe's section of that name. To be asked for before `resume`.
+
+        Args:
+            section: dotted, for messages.
+            config: that section.
+            epoch: images in an epoch.
+            start: step of the run where this optimiser's first one is made, and its warm-up begins.
+        """
+        warmup, decay_end = (
             in_images(duration, batch=self.config.batch, epoch=epoch, total=self.total) // self.config.batch
-            for duration in durations
-        ]
-        self._schedules[section] = in_steps
+            for duration in (config.warmup, config.decay_end)
+        )
+        self._schedules[section] = [start, warmup, decay_end]
         self._optims[section] = config
-        return functools.partial(learning_rate, config, *in_steps)
+        return functools.partial(_learning_rate, config, start, warmup, decay_end)
 
     def positions(self) -> Iterator[range]:
         """The stream positions of this process in each coming step."""
@@ -406,14 +415,18 @@ def _check_recipe(folder: Path, recipe: Config) -> None:
 
 def _schedule_warning(section: str, config: OptimizerConfig, begun: list[int], now: list[int], step: int) -> str | None:
     """What to say where a longer run, or another duration, moves the learning rate of the step to come."""
-    before, after = (learning_rate(config, *steps, step) for steps in (begun, now))
+    before, after = (_learning_rate(config, *steps, max(step, steps[0])) for steps in (begun, now))
     if before == after:
         return None
-    kept = f"{section}.warmup={begun[0]}st {section}.decay_end={begun[1]}st"
     return (
-        f"{section}: warm-up and decay ended at steps {begun}, they end at {now} now: the learning rate goes on at "
-        f"{after:.3g}, not {before:.3g}. {kept} keep the old ones."
+        f"{section}: warm-up and decay were {begun[1]} and {begun[2]} steps, they are {now[1]} and {now[2]} now: the "
+        f"learning rate goes on at {after:.3g}, not {before:.3g}. {section}.warmup={begun[1]}st "
+        f"{section}.decay_end={begun[2]}st keep the old ones."
     )
+
+
+def _learning_rate(config: OptimizerConfig, start: int, warmup: int, decay_end: int, step: int) -> float:
+    return learning_rate(config, warmup, decay_end - start, step - start)
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
