@@ -175,7 +175,7 @@ def main() -> None:
             row["peak_mib"] = {side: peak_elsewhere(name, side, folder, arguments) for side in sides}
             results.append(row)
             print(name, *(f"{s}: {statistics.median(times):.2f} s" for s, times in row["seconds"].items()), flush=True)
-    Console(width=120).print(table(results, clock.__name__))
+    Console(width=160).print(table(results, clock.__name__))
     start_up = help_seconds()
     print(f"rae --help: {start_up:.2f} s (best of 5)")
     if arguments.json:
