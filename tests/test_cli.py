@@ -174,6 +174,25 @@ def test_reconstruct_shows_both_and_measures(run, runs, tmp_path):
     assert torch.equal(pair, torch.cat([image[1], decoded[1]], dim=2).permute(1, 2, 0))
 
 
+def test_reconstruction_of_noised_tokens_is_another_one(run, runs, tmp_path):
+    for noise in (0, 3):
+        run(
+            "reconstruct",
+            runs / "decoder",
+            "digits",
+            "--enlarge",
+            "--num",
+            4,
+            "--noise",
+            noise,
+            "--out",
+            tmp_path / f"{noise}",
+        )
+    clean, noised = (json.loads((tmp_path / f"{noise}/figures.json").read_text()) for noise in (0, 3))
+    assert (clean["noise"], noised["noise"]) == (0, 3)
+    assert noised["mean"]["psnr"] != clean["mean"]["psnr"]
+
+
 def test_reconstruction_goes_on_where_it_stopped(run, runs, tmp_path, monkeypatch):
     command = ["reconstruct", runs / "decoder", "digits", "--enlarge", "--num", 6, "--batch", 4, "--out"]
     run(*command, tmp_path / "unbroken")

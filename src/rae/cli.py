@@ -197,17 +197,22 @@ def stats(encoder: str, images: str, image_size, input_size, out: Path, batch: i
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--num", type=click.IntRange(1), help="The first so many images only.")
 @click.option("--skip-broken", is_flag=True, help="Name the images that cannot be read, and leave them out.")
+@click.option("--noise", default=0.0, type=click.FloatRange(0), help="Add this times normal noise to the tokens first.")
 @_images
 @ROUNDING
-def reconstruct(model: str, images: str, out: Path, num: int | None, batch: int, rounding, **reading) -> None:
+def reconstruct(
+    model: str, images: str, out: Path, num: int | None, noise: float, batch: int, rounding, **reading
+) -> None:
     """IMAGES beside what an autoencoder makes of them, with PSNR and SSIM.
 
     MODEL is a run of train-decoder, a folder of `rae convert` or a hub id; IMAGES a folder, `digits` or `photographs`.
-    The same command again goes on where it was interrupted.
+    The same command again goes on where it was interrupted. With --noise, images show how well a decoder bears latents
+    that are not quite right, as a diffusion model's are.
     """
     from rae.commands.reconstruct import write_reconstructions
 
-    write_reconstructions(model, _data(images, **reading), out, num=num, batch=batch, rounding=rounding)
+    data = _data(images, **reading)
+    write_reconstructions(model, data, out, num=num, noise=noise, batch=batch, rounding=rounding)
 
 
 @rae.command()

@@ -203,7 +203,7 @@ def draw_sigma(law: SigmaLaw, tau: float, draws: Tensor) -> Tensor:
 
 
 def add_noise(tokens: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-    """tokens + sigma * noise, before the tokens are standardised. For decoder training only, never at inference.
+    """tokens + sigma * noise, before the tokens are standardised: for training a decoder, and for asking what it bears.
 
     Args:
         tokens: [B,N,C], straight from the encoder.

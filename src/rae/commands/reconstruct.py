@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rae.autoencoder.latents import add_noise
 from rae.autoencoder.rae import RAE
 from rae.commands.pictures import (
     Rounding,
@@ -26,6 +27,7 @@ from rae.commands.pictures import (
     save_picture,
 )
 from rae.data.images import DataConfig, Views, loader, open_images, subset, to_bytes, to_tensor, to_unit
+from rae.data.order import noise_draws
 from rae.evaluation.reconstruction import WINDOW, psnr, ssim
 from rae.processes import process_state
 from rae.training.display import progress
@@ -33,13 +35,21 @@ from rae.training.display import progress
 
 @torch.no_grad()
 def write_reconstructions(
-    model: str | Path, data: DataConfig, out: Path, *, num: int | None = None, batch: int = 32, rounding: Rounding
+    model: str | Path,
+    data: DataConfig,
+    out: Path,
+    *,
+    num: int | None = None,
+    noise: float = 0.0,
+    batch: int = 32,
+    rounding: Rounding,
 ) -> list[dict[str, Any]]:
     """`rae reconstruct`: each image (centre crop) beside its reconstruction, and their PSNR and SSIM, of 8-bit images.
 
     Writes `out`/000000.png ... and `out`/figures.json, prints the means and the first rows. Unreadable images are named
     and left out where `data.on_broken` is "skip". Pictures that exist are left alone; every process of a distributed
-    job makes its share of the others, the first one measures all.
+    job makes its share of the others, the first one measures all. `noise` times normal noise, the same for an image
+    whatever its batch, is added to the tokens.
 
     Returns:
         One row per image: file, image, psnr, ssim (None for images smaller than SSIM's window).
@@ -51,7 +61,7 @@ def write_reconstructions(
     images = source if num is None else subset(source, range(min(num, len(source))))
     rae = RAE.from_pretrained(model).to(state.device)
     protocol = {"images": len(images), "size": list(rae.output_size), "rounding": rounding, "source": source.identity}
-    protocol |= {"decoder": checksum(rae.decoder), "latents": rae.latent_identity}
+    protocol |= {"decoder": checksum(rae.decoder), "latents": rae.latent_identity, "noise": noise}
     if state.is_main_process:
         claim(out, "reconstructions.json", protocol, grows=("images",))
     state.wait_for_everyone()
@@ -65,7 +75,11 @@ def write_reconstructions(
         done = 0
         for chunk, part in zip(chunks, loader(Views(images, data, rae.output_size), chunks, data)):
             image = to_unit(part["image"].to(state.device))
-            decoded = to_bytes(rae.reconstruct(image, resize=resize), rounding)
+            tokens = rae.tokens(image, resize=resize)
+            if noise:
+                normals, _ = noise_draws(chunk, 0, tokens.shape[1:])
+                tokens = add_noise(tokens, torch.full((len(tokens),), noise).to(tokens), normals.to(tokens))
+            decoded = to_bytes(rae.decode_tokens(tokens), rounding)
             pairs = torch.cat([part["image"], decoded.cpu()], dim=3).permute(0, 2, 3, 1).numpy()
             for wanted, index, pair in zip(chunk, part["index"].tolist(), pairs):
                 # A broken image has no picture; another one was read in its place.
