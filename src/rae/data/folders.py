@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -63,9 +64,11 @@ def _in_folder(folder: Path) -> list[Path]:
     files = sorted(f for f in folder.iterdir() if f.suffix in DATA_SUFFIXES and f.name[0] != "." and f.is_file())
     if not files:
         return []
-    if image := next(_walk(folder), None):
+    flat, folders = _contents(folder)
+    below = (str(image.relative_to(folder)) for part in folders for image in _walk(part, folder))
+    if image := next(chain(flat, below), None):
         raise ImageError(
-            f"{folder} holds images ({image.relative_to(folder)}, for one) and also {len(files)} files like "
+            f"{folder} holds images ({image}, for one) and also {len(files)} files like "
             f"{files[0].name}: write {folder}/*{files[0].suffix} for those, or move them away for the images."
         )
     # train-00000-of-00002.parquet, train-00001-of-00002.parquet, test.parquet: train, test
@@ -113,8 +116,7 @@ def open_folder(root: Path) -> Images:
     if not root.is_dir():
         known = "a folder, .parquet, .arrow or .tar files, hf:owner/name, digits or photographs"
         raise ImageError(f"{root}: no such folder of images. A source is {known}.")
-    flat = sorted(name for name in os.listdir(root) if _is_image(root / name))
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    flat, folders = _contents(root)
     found = {folder: sorted(str(file.relative_to(root)) for file in _walk(folder, root)) for folder in folders}
     classes = {folder.name: files for folder, files in found.items() if files}
     if flat and classes:
@@ -137,9 +139,15 @@ def open_folder(root: Path) -> Images:
     return _from_files(root, [file for files in classes.values() for file in files], labels, list(classes))
 
 
-def _walk(folder: Path, root: Path | None = None, suffixes: Sequence[str] = SUFFIXES) -> Iterator[Path]:
-    """The images below a folder; one that links lead to in several ways, or in circles, is read once; `root` never."""
-    seen = {os.path.realpath(root)} if root else set()
+def _contents(root: Path) -> tuple[list[str], list[Path]]:
+    """Names of the images in a folder itself, and its sub-folders."""
+    flat = sorted(name for name in os.listdir(root) if _is_image(root / name))
+    return flat, sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _walk(folder: Path, root: Path, suffixes: Sequence[str] = SUFFIXES) -> Iterator[Path]:
+    """The images below a class's folder; a folder that links lead to in several ways, or in circles, is read once."""
+    seen = {os.path.realpath(root)}
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:

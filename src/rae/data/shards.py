@@ -88,6 +88,7 @@ def _samples(file: Path, image: str | None) -> list[Sample]:
 
 def _image(file: Path, key: str, members: dict[str, Member], wanted: str | None) -> Member:
     if wanted is not None:
+        wanted = wanted.lower().removeprefix(".")
         endings = [wanted] if wanted in members else []
     else:
         endings = [ending for ending in members if "." + ending.rpartition(".")[2] in SUFFIXES]
@@ -131,8 +132,9 @@ def _read(files: list[str], places: np.ndarray, names: list[str], index: int) ->
         with open(files[shard], "rb") as file:
             file.seek(offset)
             data = file.read(size)
-    except FileNotFoundError as error:
-        raise ImageError(f"{names[index]}: the shard is gone since it was listed.") from error
+    except OSError as error:
+        reason = "the shard is gone since it was listed" if isinstance(error, FileNotFoundError) else error
+        raise ImageError(f"{names[index]}: cannot be read ({reason}).") from error
     return read_image(data, names[index])
 
 

@@ -19,6 +19,7 @@ from rae.data.image_set import ImageError, Images, digest, read_image
 
 HUB = re.compile(r"hf:(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[^:@]+))?(@(?P<split>[^@]+))?")
 LABEL = "label"  # what a column of classes that does not say so by its type is mostly called
+ROOM = "Rows are copied into the cache of datasets: HF_DATASETS_CACHE names a place with room for them."
 SAMPLED = 64  # rows whose content the identity covers; of the others it knows the size
 
 
@@ -55,7 +56,7 @@ def open_tables(files: Sequence[Path], image: str | None, label: str | None) -> 
     rows = [f"{file} row {row}" for file, (count, _) in zip(files, shapes) for row in range(count)]
     if not rows:
         raise ImageError(f"{where} has no rows.")
-    table = _attempt(where, remedy, load)
+    table = _attempt(where, f"{remedy} {ROOM}", load)
     return _images(table, rows, where, image, label)
 
 
@@ -80,8 +81,8 @@ def open_hub(source: str, image: str | None, label: str | None) -> Images:
     datasets = _import_datasets(source)
     remedy = (
         "Check owner, name, configuration and split; `hf auth login` opens those behind a licence; HF_ENDPOINT names a "
-        "mirror that can be reached, HF_HOME a cache that has it. Or save_to_disk(folder) it elsewhere, and give that "
-        "folder."
+        f"mirror that can be reached, HF_HOME a cache that has it. {ROOM} Or save_to_disk(folder) it elsewhere, and "
+        "give that folder."
     )
     split = named["split"] or "train"
     table = _attempt(source, remedy, datasets.load_dataset, named["id"], named["config"], split=split)
