@@ -13,7 +13,7 @@ from rae.cli import rae
 from rae.config import Config, _configs_in
 from rae.training.decoder import DecoderRecipe
 from rae.training.dit import DiTRecipe
-from rae.training.run import FREE
+from rae.training.run_folder import FREE
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

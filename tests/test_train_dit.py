@@ -16,7 +16,7 @@ from rae.data.order import image_index, mirrored, noise_draws
 from rae.training.decoder import train_decoder
 from rae.training.dit import train_dit
 from rae.training.latents import cache_latents, cached_latents
-from rae.training.run import TrainingError
+from rae.training.run_folder import TrainingError
 
 
 @pytest.fixture(scope="module")

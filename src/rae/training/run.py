@@ -1,19 +1,10 @@
-"""The run folder and what happens around a training loop: resuming, logging, progress, signals, the end.
-
-runs/x/
-    recipe.yaml     what was asked for; a resumed run must ask for the same
-    log.jsonl       one line per event or interval, each with `images` seen
-    samples/        a sheet of pictures every now and then
-    checkpoints/    see checkpoint.py
-"""
+"""A run at work, what happens around a training loop: resuming, logging, progress, signals, the end."""
 
 import contextlib
-import fcntl
 import functools
 import importlib.util
 import json
 import math
-import os
 import signal
 import threading
 import time
@@ -22,13 +13,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-import yaml
 from accelerate.utils import gather_object
 from pydantic import PositiveInt
 from rich.console import Console
 from rich.table import Table
 
-from rae.config import Config, ConfigError, load_recipe
+from rae.config import Config, ConfigError
 from rae.data.images import DataConfig, Images, Stream, readable
 from rae.data.order import batch_positions, image_index
 from rae.processes import accelerator
@@ -36,20 +26,10 @@ from rae.training.checkpoint import checkpoints, newest_checkpoint, read_state, 
 from rae.training.display import progress
 from rae.training.durations import Duration, in_images
 from rae.training.optim import OptimizerConfig, learning_rate
+from rae.training.run_folder import TrainingError, claim, keep_recipe, size, truncate_log
 
 T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# What a resumed run may ask for differently: how long, how often, how it is watched, how fast images are decoded, and
-# where things lie; that they are the same things, checksums decide.
-FREE = {"run.duration", "run.log_every", "run.save_every", "run.evaluate_every", "run.keep", "run.trackers"}
-FREE |= {"run.evaluate_images", "sheet.images", "sheet.steps", "sheet.cfg", "data.workers"}
-FREE |= {"optim.warmup", "optim.decay_end", "encoder.name", "data.source", "data.held_out", "rae"}
-FREE |= {f"loss.adversarial.discriminator.optim.{key}" for key in ("warmup", "decay_end")}
-FREE |= {"loss.perceptual.vgg16", "loss.perceptual.heads"}
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot start or go on; the message says what to do."""
 
 
 class RunConfig(Config):
@@ -126,8 +106,8 @@ class Run:
         """
         with contextlib.ExitStack() as stack:
             if self.main:
-                stack.enter_context(_claim(self.folder))
-                _check_recipe(self.folder, self.recipe)
+                stack.enter_context(claim(self.folder))
+                keep_recipe(self.folder, self.recipe)
                 newest_checkpoint(self.folder)
             self.accelerator.wait_for_everyone()
             self.checkpoint = (checkpoints(self.folder) or [None])[-1]
@@ -218,7 +198,7 @@ class Run:
         """Say `title`, open progress, log and trackers: everything is loaded and the loop starts."""
         if title:
             self._say(title)
-        kept = _truncate_log(self.folder / "log.jsonl", self.seen) if self.main else []
+        kept = truncate_log(self.folder / "log.jsonl", self.seen) if self.main else []
         self._broken |= {line["broken"] for line in kept if "broken" in line}
         if self.config.trackers:
             self.accelerator.init_trackers(self.folder.resolve().name)
@@ -328,9 +308,9 @@ class Run:
             self.warn(f"{name} cannot be read; it is left out of the held-out images")
 
     def judge(self, *, best_by: str, **figures: float) -> None:
-        """Record figures of held-out images; if none was lower, the checkpoint of this step becomes the `best`."""
+        """Record figures of held-out images; a checkpoint of this step becomes the `best` if none had a lower one."""
         self.record(**figures)
-        if best_by in figures and figures[best_by] < self._best:
+        if best_by in figures and self.due("save") and figures[best_by] < self._best:
             self._best, self._best_at = figures[best_by], self.seen
 
     def warn(self, message: str | None) -> None:
@@ -352,7 +332,7 @@ class Run:
         }
         for name, what in rows.items():
             if (self.folder / name).exists():
-                table.add_row(name, what, _size(self.folder / name))
+                table.add_row(name, what, size(self.folder / name))
         self.console.print(table)
         return self.folder
 
@@ -382,37 +362,6 @@ class Run:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _claim(folder: Path) -> Iterator[None]:
-    """Lock the run's folder; the lock goes with the process, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "recipe.yaml").exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise TrainingError(f"{folder} holds files but no run (no recipe.yaml); give a new folder.")
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise TrainingError(f"another process is training in {folder}; end it or give another folder.") from error
-        yield
-
-
-def _check_recipe(folder: Path, recipe: Config) -> None:
-    """Keep the recipe; refuse to go on from a checkpoint with another one, except for what is `FREE`."""
-    path, asked = folder / "recipe.yaml", _flatten(recipe.model_dump(mode="json"))
-    if path.exists() and checkpoints(folder):
-        begun = _flatten(load_recipe(type(recipe), path).model_dump(mode="json"))
-        changed = [key for key in asked.keys() | begun.keys() if asked.get(key) != begun.get(key) and key not in FREE]
-        if changed:
-            lines = "\n".join(f"  {key}: {begun.get(key)!r} -> {asked.get(key)!r}" for key in sorted(changed))
-            raise ConfigError(
-                f"{folder} was begun with another recipe:\n{lines}\n"
-                f"Begin a new run in another folder, or ask for the same; only {', '.join(sorted(FREE))} may change."
-            )
-    aside = folder / ".tmp-recipe.yaml"
-    aside.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    os.replace(aside, path)
-
-
 def _schedule_warning(section: str, config: OptimizerConfig, begun: list[int], now: list[int], step: int) -> str | None:
     """What to say where a longer run, or another duration, moves the learning rate of the step to come."""
     before, after = (_learning_rate(config, *steps, max(step, steps[0])) for steps in (begun, now))
@@ -429,29 +378,7 @@ def _learning_rate(config: OptimizerConfig, start: int, warmup: int, decay_end: 
     return learning_rate(config, warmup, decay_end - start, step - start)
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
 def _check_trackers(trackers: tuple[str, ...]) -> None:
     for name in trackers:
         if importlib.util.find_spec(name) is None:
             raise TrainingError(f"run.trackers names {name}, which is not installed: pip install {name}")
-
-
-def _truncate_log(path: Path, seen: int) -> list[dict[str, Any]]:
-    """Drop what a killed run wrote after its last checkpoint, which will be written again; returns what stays."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["images"] <= seen]
-    aside = path.with_name(".tmp-log.jsonl")
-    aside.write_text("".join(kept))
-    os.replace(aside, path)
-    return [json.loads(line) for line in kept]
-
-
-def _size(path: Path) -> str:
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return f"{sum(file.stat().st_size for file in files) / 2**20:,.1f} MiB"

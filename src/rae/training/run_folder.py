@@ -1,0 +1,87 @@
+"""The folder of a run: locked while it is at work, its recipe compared, its log cut back to the checkpoint.
+
+runs/x/
+    recipe.yaml     what was asked for; a resumed run must ask for the same
+    log.jsonl       one line per event or interval, each with `images` seen
+    samples/        a sheet of pictures every now and then
+    latest, best    names of checkpoints
+    checkpoints/    see checkpoint.py
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rae.config import Config, ConfigError, load_recipe
+from rae.training.checkpoint import checkpoints
+
+# What a resumed run may ask for differently: how long, how often, how it is watched, how fast images are decoded, and
+# where things lie; that they are the same things, checksums decide.
+FREE = {"run.duration", "run.log_every", "run.save_every", "run.evaluate_every", "run.keep", "run.trackers"}
+FREE |= {"run.evaluate_images", "sheet.images", "sheet.steps", "sheet.cfg", "data.workers"}
+FREE |= {"optim.warmup", "optim.decay_end", "encoder.name", "data.source", "data.held_out", "rae"}
+FREE |= {f"loss.adversarial.discriminator.optim.{key}" for key in ("warmup", "decay_end")}
+FREE |= {"loss.perceptual.vgg16", "loss.perceptual.heads"}
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot start or go on; the message says what to do."""
+
+
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Lock the run's folder; the lock goes with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "recipe.yaml").exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise TrainingError(f"{folder} holds files but no run (no recipe.yaml); give a new folder.")
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TrainingError(f"another process is training in {folder}; end it or give another folder.") from error
+        yield
+
+
+def keep_recipe(folder: Path, recipe: Config) -> None:
+    """Keep the recipe; refuse to go on from a checkpoint with another one, except for what is `FREE`."""
+    path, asked = folder / "recipe.yaml", _flatten(recipe.model_dump(mode="json"))
+    if path.exists() and checkpoints(folder):
+        begun = _flatten(load_recipe(type(recipe), path).model_dump(mode="json"))
+        changed = [key for key in asked.keys() | begun.keys() if asked.get(key) != begun.get(key) and key not in FREE]
+        if changed:
+            lines = "\n".join(f"  {key}: {begun.get(key)!r} -> {asked.get(key)!r}" for key in sorted(changed))
+            raise ConfigError(
+                f"{folder} was begun with another recipe:\n{lines}\n"
+                f"Begin a new run in another folder, or ask for the same; only {', '.join(sorted(FREE))} may change."
+            )
+    aside = folder / ".tmp-recipe.yaml"
+    aside.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    os.replace(aside, path)
+
+
+def truncate_log(path: Path, seen: int) -> list[dict[str, Any]]:
+    """Drop what a killed run wrote after its last checkpoint, which will be written again; returns what stays."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["images"] <= seen]
+    aside = path.with_name(".tmp-log.jsonl")
+    aside.write_text("".join(kept))
+    os.replace(aside, path)
+    return [json.loads(line) for line in kept]
+
+
+def size(path: Path) -> str:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return f"{sum(file.stat().st_size for file in files) / 2**20:,.1f} MiB"
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
