@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "folders": BASE | {"sources"},
     "autoencoder": WEIGHTS,
     "diffusion": WEIGHTS,
-    "data": BASE,
+    "data": BASE | {"sources"},
     "evaluation": MODELS,
     "training": MODELS | {"evaluation"},
     "interop": MODELS | {"evaluation", "training"},

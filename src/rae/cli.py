@@ -153,16 +153,18 @@ def _images(command):
         click.option("--batch", default=32, show_default=True, type=click.IntRange(1), help="Images at a time."),
         click.option("--workers", default=0, show_default=True, type=click.IntRange(0), help="Processes that decode."),
         click.option("--enlarge", is_flag=True, help="Allow images smaller than the model's (bicubic)."),
+        click.option("--image", metavar="COLUMN", help="Which column of a table holds the images.  [default: the one]"),
     ):
         command = option(command)
     return command
 
 
-def _data(source: str, workers: int, enlarge: bool, skip_broken: bool = False):
+def _data(source: str, image: str | None, workers: int, enlarge: bool, skip_broken: bool = False):
     from rae.data.images import DataConfig
 
     on_broken = "skip" if skip_broken else "error"
-    return DataConfig(source=source, workers=workers, enlarge=enlarge, on_broken=on_broken)
+    # no command needs the classes of images that are given to it
+    return DataConfig(source=source, image=image, label="", workers=workers, enlarge=enlarge, on_broken=on_broken)
 
 
 ROUNDING = click.option(
@@ -184,7 +186,8 @@ ROUNDING = click.option(
 def stats(encoder: str, images: str, image_size, input_size, out: Path, batch: int, **reading) -> None:
     """Exact mean and variance of an ENCODER's latents over IMAGES.
 
-    ENCODER is a name (`rae encoders`), a hub id or a folder; IMAGES a folder, `digits` or `photographs`.
+    ENCODER is a name (`rae encoders`), a hub id or a folder. IMAGES is a folder of images, of .parquet, .arrow or .tar
+    files, one such file, hf:OWNER/NAME, `digits` or `photographs`.
     """
     from rae.commands.stats import write_statistics
 
@@ -205,7 +208,9 @@ def reconstruct(
 ) -> None:
     """IMAGES beside what an autoencoder makes of them, with PSNR and SSIM.
 
-    MODEL is a run of train-decoder, a folder of `rae convert` or a hub id; IMAGES a folder, `digits` or `photographs`.
+    MODEL is a run of train-decoder, a folder of `rae convert` or a hub id. IMAGES is a folder of images, of .parquet,
+    .arrow or .tar files, one such file, hf:OWNER/NAME, `digits` or `photographs`.
+
     The same command again goes on where it was interrupted. With --noise, images show how well a decoder bears latents
     that are not quite right, as a diffusion model's are.
     """

@@ -57,7 +57,7 @@ def write_reconstructions(
     Raises:
         OutputError: `out` holds pictures made in another way, or something else, or a damaged picture.
     """
-    state, source = process_state(), open_images(data.source)
+    state, source = process_state(), open_images(data.source, data.image, data.label)
     images = source if num is None else subset(source, range(min(num, len(source))))
     rae = RAE.from_pretrained(model).to(state.device)
     protocol = {"images": len(images), "size": list(rae.output_size), "rounding": rounding, "source": source.identity}

@@ -25,7 +25,7 @@ def write_statistics(
 ) -> None:
     """`rae stats`: exact mean and variance of an encoder's latents over centre crops, as `LatentStats.save` writes."""
     check_file(out)
-    processes, images = accelerator(), open_images(data.source)
+    processes, images = accelerator(), open_images(data.source, data.image, data.label)
     network = load_encoder(encoder, image_size=image_size, input_size=input_size).to(processes.device)
     shape = (network.width, *network.grid)
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from rae.data.image_set import SUFFIXES, ImageError, Images, digest, read_image
+from rae.sources import cache_folder
 
 # As WebDataset has it, the key ends at the first dot of the last part: a/b.c/7.seg.png is a/b.c/7 and seg.png.
 MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")
@@ -144,8 +145,7 @@ def _read(files: list[str], places: np.ndarray, names: list[str], index: int) ->
 def _members(file: Path) -> list[Member]:
     """The files in a shard, in their order: from the cache, if the shard has the same size and time as then."""
     found = file.stat()
-    # Beside the converted encoder: rae.sources.cache_folder, which this part must not import.
-    cache = Path(os.environ.get("RAE_CACHE") or Path.home() / ".cache" / "rae") / "shards"
+    cache = cache_folder() / "shards"
     listed = cache / f"{digest([str(file.resolve()), str(found.st_size), str(found.st_mtime_ns)])}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
         return [Member(*entry) for entry in json.loads(listed.read_text())]
