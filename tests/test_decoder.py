@@ -135,3 +135,83 @@ def test_impossible_widths_are_refused():
         parse(DecoderConfig, good | {"width": 30}, "recipe")
     with pytest.raises(ConfigError, match="width 30 is not a multiple of 4"):
         parse(DecoderConfig, good | {"width": 30, "heads": 3}, "recipe")
+
+
+# --- starting from another decoder
+
+
+def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
+
+
+def test_start_from_the_same_shape_copies_every_weight():
+    source, model = decoder(), Decoder(CONFIG)
+    assert model.start_from(source) == []
+    tokens = seeded(2, 6, 12)
+    expected = source(tokens)
+    assert torch.equal(model(tokens), expected)
+    for parameter in source.parameters():
+        parameter.data.zero_()
+    assert torch.equal(model(tokens), expected)  # copied, not shared
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def cubic(s: float, a: float = -0.75) -> float:
+    """Keys' kernel of cubic convolution."""
+    s = abs(s)
+    if s <= 1:
+        return (a + 2) * s**3 - (a + 3) * s**2 + 1
+    return a * (s**3 - 5 * s**2 + 8 * s - 4) if s < 2 else 0.0
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_start_from_another_grid_resizes_the_positions(axis):
+    def along(length: int) -> tuple[int, int]:
+        return (length, 1) if axis == 0 else (1, length)
+
+    source = decoder(CONFIG.model_copy(update={"grid": along(8)}))
+    source.positions.data[0, 1:] = 0
+    source.positions.data[0, 1 + 4] = value = seeded(32)  # of the fifth token of eight
+    model = Decoder(CONFIG.model_copy(update={"grid": along(16)}))
+    assert model.start_from(source) == [f"positions are resized: {along(8)} -> {along(16)} tokens"]
+    # the centre of token j of 16 lies at (j + 1/2) / 2 - 1/2 of 8
+    expected = torch.tensor([cubic(j / 2 - 0.25 - 4) for j in range(16)])[:, None] * value
+    torch.testing.assert_close(model.positions[0, 1:], expected, rtol=1e-5, atol=1e-6)
+    assert equal(model.positions[0, 0], source.positions[0, 0])
+    for name, parameter in source.named_parameters():
+        assert name == "positions" or equal(model.get_parameter(name), parameter)
+
+
+@pytest.mark.parametrize(
+    ("change", "said", "anew"),
+    [
+        ({"latent_channels": 8}, "the embedding begins anew: 12 -> 8 channels", "embed.weight"),
+        ({"patch_size": 8}, "the last layer begins anew: patches of 4 -> 8 pixels", "head."),
+    ],
+)
+def test_start_from_what_fits_only_in_part(change, said, anew):
+    config = CONFIG.model_copy(update=change)
+    source = decoder()
+    torch.manual_seed(5)
+    model = Decoder(config)
+    fresh = {name: value.clone() for name, value in model.state_dict().items()}
+    assert model.start_from(source) == [said]
+    for name, value in model.state_dict().items():
+        assert equal(value, fresh[name] if name.startswith(anew) else source.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 16}, r"width 16 cannot start from one of 32; take decoder\.size=\[32,2,4,48\]"),
+        ({"depth": 3}, "depth 3 cannot start from one of 2"),
+        ({"heads": 8}, "heads 8 cannot start from one of 4"),
+        ({"mlp_width": 64}, "mlp_width 64 cannot start from one of 48"),
+    ],
+)
+def test_start_from_other_blocks_is_refused(change, message):
+    model = Decoder(CONFIG.model_copy(update=change))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        model.start_from(decoder())
+    assert all(equal(value, before[name]) for name, value in model.state_dict().items())

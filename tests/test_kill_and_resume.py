@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import decoder_recipe, dit_recipe, save_encoder
+from tiny import adversarial, decoder_recipe, dit_recipe, save_encoder
 
 from rae.training.decoder import train_decoder
 from rae.training.dit import train_dit
@@ -31,13 +31,14 @@ torch.set_num_threads(1)
 from transformers import Dinov2Model
 from rae.config import load_recipe
 from rae.data.images import open_images
-from rae.training import checkpoint, decoder, dit, run
+from rae.training import adversarial, checkpoint, decoder, dit, run
 
 def slow(function, seconds):
     return lambda *arguments, **named: (time.sleep(seconds), function(*arguments, **named))[1]
 
 open_images("digits")
 checkpoint.save_file, run.Run.finish_step = slow(checkpoint.save_file, 0.02), slow(run.Run.finish_step, 0.005)
+adversarial.save_file = checkpoint.save_file
 stage, recipe, folder = sys.argv[1:]
 schema, train = {"1": (decoder.DecoderRecipe, decoder.train_decoder), "2": (dit.DiTRecipe, dit.train_dit)}[stage]
 recipe = load_recipe(schema, recipe)
@@ -110,21 +111,25 @@ def log(folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def recipes(tmp_path_factory) -> dict[int, tuple]:
-    """Both stages' recipe files, and the folders of their unbroken runs."""
+def recipes(tmp_path_factory) -> dict[str, Path]:
+    """Recipe files of both stages, and of the first one with a discriminator, in the folders of their unbroken runs."""
     root = tmp_path_factory.mktemp("runs")
     length = {"run__duration": "60st", "run__save_every": "5st", "run__log_every": "7st", "run__evaluate_every": "30st"}
-    first = decoder_recipe(save_encoder(root / "encoder"), **length)
-    train_decoder(first, root / "decoder")
+    encoder = save_encoder(root / "encoder")
+    train_decoder(decoder_recipe(encoder, **length), root / "decoder")
+    # a discriminator after the first checkpoint, used after the second one
+    game = adversarial(encoder, start="12st", discriminator={"start": "7st", "augment": 0.5})
+    shorter = length | {"run__duration": "35st", "loss__adversarial": game}
+    train_decoder(decoder_recipe(encoder, **shorter), root / "game")
     second = dit_recipe(root / "decoder", **length, optim__name="muon", run__micro_batch=3)
     train_dit(second, root / "dit")
-    return {1: root / "decoder", 2: root / "dit"}
+    return {name: root / name for name in ("decoder", "game", "dit")}
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_killed_run_ends_in_the_same_bits(stage, recipes, tmp_path):
-    unbroken = recipes[stage]
-    came, halves = run_with_kills(stage, unbroken / "recipe.yaml", tmp_path / "run", kills=6)
+@pytest.mark.parametrize(("stage", "name", "kills"), [(1, "decoder", 6), (1, "game", 4), (2, "dit", 6)])
+def test_killed_run_ends_in_the_same_bits(stage, name, kills, recipes, tmp_path):
+    unbroken = recipes[name]
+    came, halves = run_with_kills(stage, unbroken / "recipe.yaml", tmp_path / "run", kills)
     assert came >= 3
     assert halves >= 1
     expected, found = contents(unbroken), contents(tmp_path / "run")

@@ -1,8 +1,10 @@
 """Stage 1: what the loop computes, what it saves, and how it refuses."""
 
+import functools
 import importlib.util
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,15 +12,18 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import decoder_recipe, save_encoder, train_in_processes
+from tiny import adversarial, decoder_recipe, save_encoder, train_all_in_processes
 
 from rae import RAE, Decoder, load_encoder
 from rae.autoencoder.latents import tokens_to_map
 from rae.config import ConfigError, load_recipe
 from rae.data.images import ImageError, Views, open_split, to_unit
+from rae.sources import SourceError
 from rae.training.decoder import DecoderRecipe, _of_law, train_decoder
+from rae.training.lpips import LPIPS
 from rae.training.perceptual import feature_distance
-from rae.training.run import Run, TrainingError
+from rae.training.run import Run
+from rae.training.run_folder import TrainingError
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +87,6 @@ def test_small_micro_batches_compute_the_large_batch(encoder, finished, tmp_path
         assert log(parts, figure) == pytest.approx(log(whole, figure), rel=1e-3)
     assert log(parts, "grad_norm")[1:] == pytest.approx(log(whole, "grad_norm")[1:], rel=1e-2)
     assert log(parts, "loss")[0] == pytest.approx(log(whole, "loss")[0], rel=1e-6)
-
-
-def test_two_processes_compute_what_one_does(encoder, tmp_path):
-    recipe = decoder_recipe(encoder, run__duration="4st", run__log_every="1st", run__micro_batch=2)
-    one = train_decoder(recipe, tmp_path / "one")
-    two = train_in_processes(2, recipe, tmp_path / "two")
-    assert log(two, "loss") == pytest.approx(log(one, "loss"), rel=1e-5)
-    assert log(two, "grad_norm") == pytest.approx(log(one, "grad_norm"), rel=1e-3)
 
 
 def test_accelerates_own_settings_do_not_change_the_numbers(encoder, finished, tmp_path, monkeypatch):
@@ -302,3 +299,262 @@ def test_folders_that_are_not_free(encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
     with pytest.raises(TrainingError, match="pip install wandb"):
         train_decoder(decoder_recipe(encoder, run__trackers=("wandb",)), tmp_path / "tracked")
+
+
+# --- the whole objective
+
+GAME = ("adversarial", "lambda", "d_loss", "d_real", "d_fake", "d_accuracy")
+
+
+def gan(encoder, *, adapt_at="last-layer", discriminator: dict | None = None, **changes) -> DecoderRecipe:
+    """Six steps; the discriminator is trained from the second one on and used from the third one on."""
+    section = adversarial(
+        encoder, start="2st", adapt_at=adapt_at, discriminator={"start": "1st"} | (discriminator or {})
+    )
+    return decoder_recipe(
+        encoder, loss__adversarial=section, **{"run__duration": "6st", "run__log_every": "1st"} | changes
+    )
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    """What was logged of training, without the clock."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    clock = ("time", "images_per_second")
+    return [{name: value for name, value in line.items() if name not in clock} for line in lines if "loss" in line]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All that the newest checkpoint holds."""
+    newest = folder / "checkpoints" / (folder / "latest").read_text().strip()
+    found = {}
+    for path in newest.rglob("*.safetensors"):
+        found |= {f"{path.relative_to(newest)}:{name}": value for name, value in load_file(path).items()}
+    return found
+
+
+def same_bits(a: Path, b: Path) -> bool:
+    first, second = tensors(a), tensors(b)
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def close(a: Path, b: Path, rel: float) -> None:
+    """Every figure of both logs."""
+    first, second = lines(a), lines(b)
+    assert [line.keys() for line in first] == [line.keys() for line in second]
+    for line, other in zip(first, second):
+        for name, value in line.items():
+            # a token's logits may change places by rounding, and with them the accuracy
+            tolerance = {"abs": 0.05} if name == "d_accuracy" else {"rel": rel, "abs": 1e-5}
+            assert other[name] == pytest.approx(value, **tolerance), (name, line["images"])
+
+
+@pytest.fixture(scope="module")
+def played(encoder, tmp_path_factory) -> Path:
+    return train_decoder(gan(encoder), tmp_path_factory.mktemp("gan") / "run")
+
+
+def test_figures_appear_with_their_players(encoder, played, tmp_path, capsys):
+    assert len(lines(played)) == 6
+    for step, line in enumerate(lines(played)):
+        assert {name for name in GAME if name in line} == set(GAME[0 if step >= 2 else 2 :] if step >= 1 else ())
+    names = {name.partition(":")[0] for name in tensors(played)}
+    assert {"train/discriminator.safetensors", "train/discriminator_optimizer.safetensors"} < names
+
+
+def test_the_log_names_the_judges(encoder, tmp_path, capsys):
+    train_decoder(gan(encoder, run__duration="1st"), tmp_path / "run")
+    said = capsys.readouterr().err
+    assert f"0.1 x perceptual (features of the encoder, {encoder}, from 0st)" in said
+    assert f"0.75 x lambda x adversarial (discriminator on {encoder}, trained from 1st, used from 2st)" in said
+    names = {name.partition(":")[0] for name in tensors(tmp_path / "run")}
+    assert "train/discriminator_optimizer.safetensors" not in names  # it has not learnt anything yet
+
+
+def test_the_discriminator_leaves_the_decoder_alone_until_it_plays(encoder, played, tmp_path):
+    alone = train_decoder(decoder_recipe(encoder, run__duration="6st", run__log_every="1st"), tmp_path / "alone")
+    for step in range(2):
+        with_it, without = lines(played)[step], lines(alone)[step]
+        assert without == {name: with_it[name] for name in without}
+    # the third step's loss is that of the same weights, its gradient is another one
+    assert lines(alone)[2]["loss"] == lines(played)[2]["loss"]
+    assert lines(alone)[2]["grad_norm"] != lines(played)[2]["grad_norm"]
+
+
+def test_perceptual_term_from_its_start(encoder, tmp_path):
+    folder = train_decoder(
+        decoder_recipe(encoder, loss__perceptual__start="2st", run__log_every="1st"), tmp_path / "run"
+    )
+    for step, line in enumerate(lines(folder)[:4]):
+        assert line["loss"] == pytest.approx(line["l1"] + (0.1 * line["perceptual"] if step >= 2 else 0))
+        assert (line["perceptual"] > 0) == (step >= 2)
+
+
+@pytest.mark.parametrize("adapt_at", ["last-layer", "image"])
+@pytest.mark.parametrize("fakes", ["fresh", "reused"])
+def test_micro_batches_of_the_whole_objective(encoder, tmp_path, adapt_at, fakes):
+    settings = {"adapt_at": adapt_at, "discriminator": {"fakes": fakes, "augment": 0.5, "cutout": 0.2}}
+    whole, parts = (
+        train_decoder(gan(encoder, **settings, run__micro_batch=size, run__duration="4st"), tmp_path / f"{size}")
+        for size in (None, 3)
+    )
+    close(whole, parts, rel=1e-2)
+    assert lines(whole)[0]["grad_norm"] == pytest.approx(lines(parts)[0]["grad_norm"], rel=1e-4)
+
+
+def test_fakes_fresh_and_reused(encoder, played, tmp_path):
+    reused = train_decoder(gan(encoder, discriminator={"fakes": "reused"}), tmp_path / "reused")
+    assert lines(reused)[1]["d_real"] == lines(played)[1]["d_real"]
+    assert lines(reused)[1]["d_fake"] != lines(played)[1]["d_fake"]
+
+
+def test_two_processes_compute_what_one_does(encoder, tmp_path):
+    paper = {"fakes": "reused", "augment": 0.5}
+    recipes = {
+        "plain": decoder_recipe(encoder, run__duration="4st", run__log_every="1st", run__micro_batch=2),
+        "code": gan(encoder, discriminator={"norm": "batch", "fakes": "fresh"}),
+        "paper": gan(encoder, adapt_at="image", discriminator=paper, run__micro_batch=3),
+    }
+    train_all_in_processes(2, {tmp_path / name: recipe for name, recipe in recipes.items()})
+    for name, recipe in recipes.items():
+        alone = train_decoder(recipe, tmp_path / f"{name}-alone")
+        close(alone, tmp_path / name, rel=1e-3 if name == "plain" else 1e-2)
+        assert log(tmp_path / name, "loss") == pytest.approx(log(alone, "loss"), rel=1e-5 if name == "plain" else 1e-4)
+
+
+def test_a_run_resumed_before_and_in_the_game_ends_in_the_same_bits(encoder, played, tmp_path):
+    for duration in ("1st", "4st", "6st"):
+        broken = train_decoder(gan(encoder, run__duration=duration), tmp_path / "run")
+    assert same_bits(broken, played)
+    assert lines(broken) == lines(played)
+
+
+def test_recomputed_activations_change_no_bit(encoder, played, tmp_path):
+    assert same_bits(train_decoder(gan(encoder, run__recompute=True), tmp_path / "run"), played)
+
+
+def test_compiled_run_saves_the_average_of_its_weights(encoder, played, tmp_path, monkeypatch):
+    """Traced and differentiated as ever; machine code is not made of it, which takes most of a minute."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    changes = {"run__compile": True, "run__duration": "3st", "run__save_every": "1st", "run__keep": 9}
+    folder = train_decoder(gan(encoder, **changes), tmp_path / "run")
+    torch.manual_seed(0)
+    rae = RAE.from_pretrained(folder)
+    ema = Decoder(rae.decoder.config).state_dict()
+    for step in sorted((folder / "checkpoints").iterdir()):
+        online = load_file(step / "train/weights.safetensors")
+        ema = {name: 0.9 * value + 0.1 * online[name] for name, value in ema.items()}
+    assert online.keys() == ema.keys()
+    for name, value in rae.decoder.state_dict().items():
+        torch.testing.assert_close(value, ema[name], rtol=1e-5, atol=1e-6)
+        assert not torch.equal(value, online[name])
+    for mine, plain in zip(lines(folder), lines(played)):
+        assert mine["loss"] == pytest.approx(plain["loss"], rel=1e-3)
+
+
+def test_best_names_the_saved_checkpoint_that_did_best(encoder, tmp_path, monkeypatch):
+    figures = iter([9, 4, 1, 3, 8, 5, 2, 6])  # the third and the seventh step's are not saved
+    monkeypatch.setattr("rae.training.decoder._evaluate", lambda *_: {"held_out_fd": next(figures)})
+    changes = {"run__duration": "8st", "run__evaluate_every": "1st", "run__save_every": "2st", "run__keep": 1}
+    folder = train_decoder(decoder_recipe(encoder, **changes), tmp_path / "run")
+    assert (folder / "best").read_text() == "000000032\n"
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"000000032", "000000064"}
+    RAE.from_pretrained(folder / "checkpoints/000000032/model")
+
+
+def test_best_stays_over_an_interruption(encoder, tmp_path, monkeypatch):
+    figures = iter([3, 5, 4, 2])
+    monkeypatch.setattr("rae.training.decoder._evaluate", lambda *_: {"held_out_fd": next(figures)})
+    bests = []
+    for duration in ("1st", "2st", "3st", "4st"):
+        changes = {"run__duration": duration, "run__evaluate_every": "1st", "run__save_every": "1st", "run__keep": 1}
+        folder = train_decoder(decoder_recipe(encoder, **changes), tmp_path / "run")
+        bests.append((folder / "best").read_text().strip())
+    assert bests == ["000000008", "000000008", "000000008", "000000032"]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["000000032"]
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"adversarial": {"discriminator": {"norm": "batch"}}}, r"run\.micro_batch 3 is less than the 8"),
+        (
+            {"adversarial": {"discriminator": {"start": "3st"}, "start": "2st"}},
+            "starts at 2st, before its discriminator",
+        ),
+    ],
+)
+def test_impossible_games(encoder, tmp_path, section, message):
+    recipe = decoder_recipe(
+        encoder, loss__adversarial=adversarial(encoder, **section["adversarial"]), run__micro_batch=3
+    )
+    with pytest.raises(ConfigError, match=message):
+        train_decoder(recipe, tmp_path / "run")
+
+
+def test_lpips_as_the_perceptual_term(encoder, tmp_path, monkeypatch, capsys):
+    lpips = LPIPS((4, 4, 4, 4, 4))
+    for weight in lpips.weights:
+        weight.fill_(1)
+    monkeypatch.setattr("rae.training.objective.load_lpips", lambda vgg16, heads: lpips)
+    recipe = decoder_recipe(
+        encoder, loss__perceptual__kind="lpips", run__duration="2st", run__log_every="1st", run__micro_batch=3
+    )
+    folder = train_decoder(recipe, tmp_path / "run")
+    assert "L1 + 0.1 x perceptual (LPIPS (VGG16), from 0st)" in capsys.readouterr().err
+    for line in lines(folder):
+        assert line["loss"] == pytest.approx(line["l1"] + 0.1 * line["perceptual"])
+
+
+def test_lpips_that_cannot_be_had_names_the_fallback_before_training(encoder, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with pytest.raises(SourceError, match=r"vgg16.* could not be downloaded .*loss\.perceptual\.kind=encoder"):
+        train_decoder(decoder_recipe(encoder, loss__perceptual__kind="lpips"), tmp_path / "run")
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+# --- from another decoder
+
+
+def first_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """What a run of one step began with: EMA = 0.9 first + 0.1 weights."""
+    ema = RAE.from_pretrained(folder).decoder.state_dict()
+    online = load_file(folder / "checkpoints/000000008/train/weights.safetensors")
+    return {name: (value - 0.1 * online[name]) / 0.9 for name, value in ema.items()}
+
+
+def test_a_run_begins_with_the_averaged_weights_of_another(encoder, finished, tmp_path, capsys):
+    recipe = decoder_recipe(encoder, decoder__init=str(finished), run__duration="1st")
+    began = first_weights(train_decoder(recipe, tmp_path / "run"))
+    assert f"the decoder starts from {finished}\n" in capsys.readouterr().err
+    for name, value in RAE.from_pretrained(finished).decoder.state_dict().items():
+        torch.testing.assert_close(began[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_begins_with_another_s_weights_at_a_higher_resolution(encoder, finished, tmp_path, capsys):
+    changes = {"encoder__image_size": (32, 32), "decoder__init": str(finished), "run__duration": "1st"}
+    began = first_weights(train_decoder(decoder_recipe(encoder, **changes), tmp_path / "run"))
+    assert "positions are resized: (2, 2) -> (4, 4) tokens" in capsys.readouterr().err
+    for name, value in RAE.from_pretrained(finished).decoder.state_dict().items():
+        if name != "positions":
+            torch.testing.assert_close(began[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_resumed_run_does_not_begin_again(encoder, finished, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(finished, source)
+    folder = train_decoder(decoder_recipe(encoder, decoder__init=str(source), run__duration="2st"), tmp_path / "run")
+    shutil.rmtree(source)
+    train_decoder(decoder_recipe(encoder, decoder__init=str(source), run__duration="4st"), folder)
+    whole = decoder_recipe(encoder, decoder__init=str(finished), run__duration="4st")
+    assert same_bits(folder, train_decoder(whole, tmp_path / "whole"))
+
+
+def test_decoders_that_cannot_be_started_from(encoder, finished, tmp_path):
+    wider = decoder_recipe(encoder, decoder__init=str(finished), decoder__size=(32, 1, 2, 32))
+    with pytest.raises(
+        ConfigError, match=r"decoder\.init: .*width 32 cannot start from one of 16; take .*\[16,1,2,32\]"
+    ):
+        train_decoder(wider, tmp_path / "wider")
+    with pytest.raises(SourceError, match="no such folder"):
+        train_decoder(decoder_recipe(encoder, decoder__init="/nowhere/at/all"), tmp_path / "nowhere")
