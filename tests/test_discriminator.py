@@ -267,7 +267,8 @@ def test_training_mode_makes_no_difference(frozen):
         ({"depths": (0, 3)}, r"depths \[0, 3\] of .*, whose blocks are 0 to 2"),
         ({"depths": (-1, 1)}, r"depths \[-1, 1\] of .*, whose blocks are 0 to 2"),
         ({"depths": ()}, r"depths \[\] of"),
-        ({"kernel": 4}, "kernel 4 .* is even; take an odd one"),
+        ({"kernel": 4}, "kernel 4 on 4 tokens; take an odd one"),
+        ({"kernel": 11}, "kernel 11 on 4 tokens; take an odd one that does not wrap around twice"),
     ],
 )
 def test_heads_that_cannot_be(frozen, settings, message):

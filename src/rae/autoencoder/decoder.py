@@ -192,10 +192,10 @@ class Decoder(nn.Module):
         mine, theirs = self.config, other.config
         for name in ("width", "depth", "heads", "mlp_width", "norm_eps"):
             if getattr(mine, name) != getattr(theirs, name):
-                raise ValueError(
-                    f"a decoder of {name} {getattr(mine, name)} cannot start from one of {getattr(theirs, name)}; "
-                    f"take decoder.size=[{theirs.width},{theirs.depth},{theirs.heads},{theirs.mlp_width}]."
-                )
+                size = f"[{theirs.width},{theirs.depth},{theirs.heads},{theirs.mlp_width}]"
+                remedy = "convert it with our own" if name == "norm_eps" else f"take decoder.size={size}"
+                wanted, found = getattr(mine, name), getattr(theirs, name)
+                raise ValueError(f"a decoder of {name} {wanted} cannot start from one of {found}; {remedy}.")
         state, said = other.state_dict(), []
         if mine.latent_channels != theirs.latent_channels:
             said.append(f"the embedding begins anew: {theirs.latent_channels} -> {mine.latent_channels} channels")

@@ -6,6 +6,7 @@ parameters => prefix tokens dropped => tokens [B,N,C]
 
 import contextlib
 import difflib
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -84,6 +85,11 @@ class Encoder(nn.Module):
     def checksum(self) -> str:
         """SHA-256 (hex) of the float32 weights as they were loaded, without the unused final affine parameters."""
         return self._checksum
+
+    def identity(self) -> str:
+        """SHA-256 (hex) of all that it computes with, wherever its files lie."""
+        settings = self.config.model_dump_json(exclude={"name", "source"})
+        return hashlib.sha256(f"{settings} {self.checksum()}".encode()).hexdigest()
 
     def train(self, mode: bool = True) -> "Encoder":
         """Does not reach the network: it is frozen, and some networks draw random numbers in training mode."""

@@ -63,8 +63,8 @@ def noise_draws(positions: Sequence[int], seed: int, shape: Sequence[int]) -> tu
 
 def augmentation_draws(positions: Sequence[int], seed: int, use: int) -> torch.Tensor:
     """Seven draws from U[0,1) for each position, float32 [7,B]; another `use` has others."""
-    draws = [np.random.default_rng((_AUGMENT, seed, position, use)).random(7) for position in positions]
-    return torch.from_numpy(np.stack(draws, axis=1)).float()
+    draws = [np.random.default_rng((_AUGMENT, seed, p, use)).random(7, dtype=np.float32) for p in positions]
+    return torch.from_numpy(np.stack(draws, axis=1))
 
 
 def batch_positions(seen: int, total: int, batch: int, *, rank: int = 0, world: int = 1) -> Iterator[range]:

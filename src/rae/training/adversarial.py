@@ -17,7 +17,7 @@ from rae.sources import SourceError, cache_folder
 from rae.training.checkpoint import load_optimizers, load_weights, optimizer_tensors
 from rae.training.diffaug import diffaug
 from rae.training.discriminator import Discriminator, NormKind
-from rae.training.durations import Duration, in_images
+from rae.training.durations import Duration
 from rae.training.optim import OptimizerConfig, build_optimizers, set_lr
 from rae.training.pretrained import open_dino
 from rae.training.run import Run
@@ -120,47 +120,50 @@ class Adversary:
 
     Attributes:
         config: the adversarial section of the recipe.
+        frozen: the network whose features it judges by.
         heads: what is trained and saved.
     """
 
     def __init__(self, config: AdversarialConfig, run: Run, seed: int, epoch: int) -> None:
         """Raises SourceError where the frozen network cannot be had, ConfigError where it does not fit."""
         self.config, self.run, self.seed = config, run, seed
-        own = config.discriminator
-        if own.norm == "batch" and run.micro_batch < run.local_batch:
-            raise ConfigError(
-                "loss.adversarial.discriminator.norm: batch is over the whole batch, and run.micro_batch "
-                f"{run.micro_batch} is less than the {run.local_batch} of a process; leave run.micro_batch out, or "
-                "take norm: sample."
-            )
-        frozen = open_frozen(own.features, own.input_size).to(run.accelerator.device)
-        if own.precision == "bf16":
-            frozen.to(torch.bfloat16)
-        torch.manual_seed(seed)
-        try:
-            self.heads = Discriminator(frozen, depths=own.depths, kernel=own.kernel, norm=own.norm)
-        except ValueError as error:
-            raise ConfigError(f"loss.adversarial.discriminator: {error}") from error
-        self.heads.to(run.accelerator.device)
-        named = list(self.heads.named_parameters())
-        self.optimizers = build_optimizers(own.optim, {"matrices": [], "others": named})
-        batch = run.config.batch
-        first, begin = (
-            in_images(duration, batch=batch, epoch=epoch, total=run.total) for duration in (own.start, config.start)
-        )
-        if begin < first:
+        own, section = config.discriminator, "loss.adversarial.discriminator"
+        self._first = run.starts_at(f"{section}.start", own.start, epoch=epoch)
+        self._begin = run.starts_at("loss.adversarial.start", config.start, epoch=epoch)
+        if self._begin < self._first:
             raise ConfigError(
                 f"the adversarial term starts at {config.start}, before its discriminator is trained, at {own.start}."
             )
-        self._first, self._begin = first, begin
-        self._learning_rate = run.learning_rate(
-            "loss.adversarial.discriminator.optim", own.optim, epoch=epoch, start=first // batch
-        )
+        if own.optim.name == "muon":
+            raise ConfigError(f"{section}.optim.name: muon is for matrices, and its weights are convolutions; adamw.")
+        if own.norm == "batch" and run.micro_batch < run.local_batch:
+            raise ConfigError(
+                f"{section}.norm: batch is over the whole batch, and run.micro_batch {run.micro_batch} is less than "
+                f"the {run.local_batch} of a process; leave run.micro_batch out, or take norm: sample."
+            )
+        self.frozen = open_frozen(own.features, own.input_size).to(run.accelerator.device)
+        if own.precision == "bf16":
+            self.frozen.to(torch.bfloat16)
+        torch.manual_seed(seed)
+        try:
+            self.heads = Discriminator(self.frozen, depths=own.depths, kernel=own.kernel, norm=own.norm)
+        except ValueError as error:
+            raise ConfigError(f"{section}: {error}") from error
+        self.heads.to(run.accelerator.device)
+        named = list(self.heads.named_parameters())
+        self.optimizers = build_optimizers(own.optim, {"matrices": [], "others": named})
+        start = self._first // run.config.batch
+        self._learning_rate = run.learning_rate(f"{section}.optim", own.optim, epoch=epoch, start=start)
 
     @property
     def trains(self) -> bool:
         """Whether the discriminator is trained in this step."""
         return self.run.seen >= self._first
+
+    @property
+    def steps(self) -> int:
+        """How many steps it has made."""
+        return max(0, self.run.seen - self._first) // self.run.config.batch
 
     @property
     def plays(self) -> bool:

@@ -139,7 +139,10 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
 
 def load_optimizers(optimizers: Iterable[torch.optim.Optimizer], path: Path) -> None:
     """Load a file of `optimizer_tensors`; nothing may be missing or left over."""
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
     for optimizer in optimizers:
         _load_optimizer(optimizer, tensors, path)
     if tensors:

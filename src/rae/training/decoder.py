@@ -144,7 +144,7 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path) -> Path:
         run.warn(ema_warning(recipe.optim.ema, run.total // recipe.run.batch))
 
         # --- load -----------------------------------------------------------------------------------------------------
-        identity = {"images": images.identity, "encoder": _identity(encoder)}
+        identity = {"images": images.identity, "encoder": encoder.identity()} | objective.identity()
         if run.checkpoint:
             run.resume(identity)
             load_training_state(run.checkpoint / "train", decoder, optimizers)
@@ -223,17 +223,11 @@ def _start_from(decoder: Decoder, source: str, run: Run) -> None:
     run.warn("; ".join([f"the decoder starts from {source}", *changes]))
 
 
-def _identity(encoder: Encoder) -> str:
-    """SHA-256 (hex) of what the encoder computes, wherever its files lie."""
-    computes = encoder.config.model_dump_json(exclude={"name", "source"})
-    return hashlib.sha256(f"{computes} {encoder.checksum()}".encode()).hexdigest()
-
-
 def _statistics(recipe: DecoderRecipe, encoder: Encoder, images: Images, run: Run) -> LatentStats | None:
     """Exact statistics of the training images' latents; taken once, in float32, and kept in the run's folder."""
     if not recipe.statistics:
         return None
-    of = hashlib.sha256(f"{images.identity} {_identity(encoder)}".encode()).hexdigest()
+    of = hashlib.sha256(f"{images.identity} {encoder.identity()}".encode()).hexdigest()
     path = run.folder / f"statistics-{of[:12]}.safetensors"
     if not path.exists():
         stats = latent_statistics(

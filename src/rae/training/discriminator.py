@@ -70,10 +70,24 @@ def _mean(x: Tensor) -> Tensor:
     """Over batch and tokens, and over processes, each of which has the same number: [B,C,N] -> [1,C,1]."""
     mean = x.mean((0, 2), keepdim=True)
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        from torch.distributed.nn.functional import all_reduce  # differentiable: each process's losses reach all images
-
-        mean = all_reduce(mean) / torch.distributed.get_world_size()
+        mean = _SumOverProcesses.apply(mean) / torch.distributed.get_world_size()
     return mean
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """A sum over processes; the losses of each reach the images of all."""
+
+    @staticmethod
+    def forward(_, x: Tensor) -> Tensor:
+        total = x.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        torch.distributed.all_reduce(total)
+        return total
 
 
 class Head(nn.Module):
@@ -110,8 +124,11 @@ class Discriminator(nn.Module):
         last = features.config.depth - 1
         if not depths or min(depths) < 0 or max(depths) > last:
             raise ValueError(f"depths {list(depths)} of {features.config.name}, whose blocks are 0 to {last}.")
-        if kernel % 2 == 0:
-            raise ValueError(f"kernel {kernel} of the discriminator's heads is even; take an odd one.")
+        tokens = math.prod(features.grid)
+        if kernel % 2 == 0 or kernel // 2 > tokens:
+            raise ValueError(f"kernel {kernel} on {tokens} tokens; take an odd one that does not wrap around twice.")
+        if tokens == 1 and norm == "sample":
+            raise ValueError("norm: sample has no variance over a single token; give a larger input_size.")
         self._frozen = (features,)  # in a tuple: no part of the state, neither trained nor saved
         self.depths = (last, *depths)
         self.heads = nn.ModuleList(Head(features.width, kernel, norm) for _ in self.depths)

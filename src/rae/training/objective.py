@@ -20,10 +20,12 @@ from rae.autoencoder.decoder import patchify
 from rae.autoencoder.encoders import Encoder
 from rae.config import Config
 from rae.training.adversarial import AdversarialConfig, Adversary, adaptive_weight, health
-from rae.training.durations import Duration, in_images
+from rae.training.durations import Duration
 from rae.training.perceptual import feature_distance
 from rae.training.pretrained import load_lpips
 from rae.training.run import DTYPES, Run
+
+PATIENCE = 200  # steps of the discriminator before anything is said of the game
 
 
 class PerceptualConfig(Config):
@@ -96,7 +98,7 @@ class Objective:
         if perceptual := config.perceptual:
             if perceptual.kind == "lpips":
                 self._lpips = load_lpips(perceptual.vgg16, perceptual.heads).to(run.accelerator.device)
-            self._perceptual_from = in_images(perceptual.start, batch=run.config.batch, epoch=epoch, total=run.total)
+            self._perceptual_from = run.starts_at("loss.perceptual.start", perceptual.start, epoch=epoch)
         self._adversary = Adversary(config.adversarial, run, seed, epoch) if config.adversarial else None
         self._shown: list[tuple[Part, Tensor | None]] = []  # for the discriminator's step
 
@@ -113,6 +115,10 @@ class Objective:
                 f"{own.start}, used from {adversarial.start})"
             )
         return "loss: " + " + ".join(parts)
+
+    def identity(self) -> dict[str, str]:
+        """Of the networks that a resumed run must find again."""
+        return {"discriminator features": self._adversary.frozen.identity()} if self._adversary else {}
 
     def backward(self, decoder: nn.Module, parts: Iterator[Part]) -> dict[str, float]:
         """Add the gradients of a step's loss, over the whole batch of all processes, to those of the decoder.
@@ -150,7 +156,7 @@ class Objective:
                 self._shown.append((part, decoded.detach() if reused else None))
         l1, perceptual, adversarial = self.run.average(total)
         figures = {"loss": l1, "l1": l1}
-        if self.config.perceptual:
+        if self._perceived:
             figures |= {"loss": l1 + self.config.perceptual.weight * perceptual, "perceptual": perceptual}
         if plays:
             figures |= {"adversarial": adversarial, "lambda": weight.item()}
@@ -174,7 +180,9 @@ class Objective:
 
     def health(self, figures: dict[str, float]) -> str | None:
         """What the means of a log line say about the game; None if nothing is wrong with it."""
-        return health(figures, self.config.adversarial.limit) if "d_accuracy" in figures else None
+        if "d_accuracy" not in figures or self._adversary.steps < PATIENCE:
+            return None
+        return health(figures, self.config.adversarial.limit)
 
     def save(self, folder: Path) -> None:
         if self._adversary:
@@ -183,6 +191,11 @@ class Objective:
     def load(self, folder: Path) -> None:
         if self._adversary:
             self._adversary.load(folder)
+
+    @property
+    def _perceived(self) -> bool:
+        """Whether the perceptual term is on in this step."""
+        return self.config.perceptual is not None and self.run.seen >= self._perceptual_from
 
     # --- at the image ------------------------------------------------------------------------------------------------
 
@@ -201,7 +214,7 @@ class Objective:
         x = self.encoder.denormalise(decoded.detach()).requires_grad_()
         l1 = (x - part.image).abs().mean((1, 2, 3))
         reconstruction, perceptual, adversarial = l1, torch.zeros_like(l1), torch.zeros_like(l1)
-        if self.config.perceptual and self.run.seen >= self._perceptual_from:
+        if self._perceived:
             if self._lpips:
                 perceptual = self._lpips(part.image * 2 - 1, x * 2 - 1)
             else:

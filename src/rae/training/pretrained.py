@@ -59,7 +59,7 @@ def _read(path: Path, sha256: str, what: str) -> dict[str, Tensor]:
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
-        raise SourceError(f"{path} has SHA-256 {found}, {what} has {sha256}; it is damaged or another file.")
+        raise SourceError(f"{path} has SHA-256 {found}, {what} has {sha256}; delete it and it is downloaded again.")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -68,8 +68,8 @@ def _torch_hub(url: str) -> Path:
     folder = Path(torch.hub.get_dir(), "checkpoints")
     path = folder / url.rsplit("/", 1)[1]
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=re.search(r"-(\w+)\.", path.name)[1])
         except (OSError, RuntimeError) as error:
             raise SourceError(

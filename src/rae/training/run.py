@@ -94,6 +94,7 @@ class Run:
         self.console = Console(stderr=True, quiet=not self.main)
         self.seen, self.stop, self._asked, self._window = 0, None, None, {}
         self._best, self._best_at = math.inf, None  # of the figure that `judge` compares, and where it was
+        self._starts: dict[str, int] = {}
         self._schedules, self._optims, self._broken, self._newly_broken = {}, {}, set(), set()
 
     def __enter__(self) -> "Run":
@@ -146,6 +147,17 @@ class Run:
         self._optims[section] = config
         return functools.partial(_learning_rate, config, start, warmup, decay_end)
 
+    def starts_at(self, key: str, duration: Duration, *, epoch: int) -> int:
+        """Images after which a part of the training begins. To be asked for before `resume`, which compares it.
+
+        Args:
+            key: of the recipe.
+            duration: its value.
+            epoch: images in an epoch.
+        """
+        self._starts[key] = in_images(duration, batch=self.config.batch, epoch=epoch, total=self.total)
+        return self._starts[key]
+
     def positions(self) -> Iterator[range]:
         """The stream positions of this process in each coming step."""
         accelerator = self.accelerator
@@ -183,6 +195,13 @@ class Run:
                     f"{self.folder} was trained on {name} {state['identity'][name][:12]}, this is {name} {now[:12]}: "
                     "files were added, removed or changed. Restore them, or begin a new run in another folder."
                 )
+        for key, now in self._starts.items():
+            begun, batch = state["starts"][key], self.config.batch
+            if now != begun and min(now, begun) < state["images"]:
+                raise TrainingError(
+                    f"{key} was step {begun // batch} of this run, it is step {now // batch} now, and "
+                    f"{state['images'] // batch} steps are made: too late. {key}={begun // batch}st keeps it."
+                )
         self.seen, self._window, self._best = state["images"], state["window"], state["best"]
         self._say(f"resumed at {self.seen:,} of {self.total:,} images")
         for section, steps in self._schedules.items():
@@ -192,7 +211,7 @@ class Run:
     def state(self, identity: dict[str, str]) -> dict[str, Any]:
         """What `resume` needs."""
         state = {"images": self.seen, "identity": identity, "window": self._window}
-        return state | {"schedules": self._schedules, "best": self._best}
+        return state | {"schedules": self._schedules, "starts": self._starts, "best": self._best}
 
     def begin(self, title: str | None = None) -> None:
         """Say `title`, open progress, log and trackers: everything is loaded and the loop starts."""

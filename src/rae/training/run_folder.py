@@ -27,7 +27,9 @@ FREE = {"run.duration", "run.log_every", "run.save_every", "run.evaluate_every",
 FREE |= {"run.evaluate_images", "sheet.images", "sheet.steps", "sheet.cfg", "data.workers"}
 FREE |= {"optim.warmup", "optim.decay_end", "encoder.name", "data.source", "data.held_out", "rae"}
 FREE |= {f"loss.adversarial.discriminator.optim.{key}" for key in ("warmup", "decay_end")}
-FREE |= {"loss.perceptual.vgg16", "loss.perceptual.heads"}
+# A start may be written differently where a longer run would move it; `Run.resume` sees to it that it does not move.
+FREE |= {"loss.perceptual.start", "loss.adversarial.start", "loss.adversarial.discriminator.start"}
+FREE |= {"loss.perceptual.vgg16", "loss.perceptual.heads", "loss.adversarial.discriminator.features"}
 
 
 class TrainingError(RuntimeError):
