@@ -247,7 +247,6 @@ def test_weights_of_another_network_are_refused(saved, tmp_path):
         (lambda c: c["network"].update(head_width=4, head_heads=1), "Theorem 1"),
         (lambda c: c.update(class_names=["cat", "dog"]), "2 class names for 3 classes"),
         (lambda c: c["flow"].update(shift="large"), r"flow\.shift.*large"),
-        (lambda c: c.update(kind="autoencoder"), "kind.*autoencoder"),
         (lambda c: c.pop("files"), "files: required"),
         (lambda c: c.update(drop_labels=1.5), "drop_labels.*1.5"),
     ],

@@ -62,7 +62,7 @@ def test_links_lead_somewhere():
 # --- keys of the recipes
 
 
-def keys(schema: type[Config]) -> Iterator[str]:
+def keys(schema: type[Config], values: Config | None = None) -> Iterator[str]:
     """The lines of the schema's own source, as annotated YAML: sections nested, defaults and comments kept."""
     classes = [part for part in reversed(schema.__mro__) if issubclass(part, Config) and part is not Config]
     lines = [line for part in classes for line in inspect.getsource(part).splitlines()]
@@ -73,13 +73,18 @@ def keys(schema: type[Config]) -> Iterator[str]:
         info = schema.model_fields[field[1]]
         if sections := list(_configs_in(info.annotation)):
             yield f"{field[1]}:"
-            yield from (f"  {nested}" for section in sections for nested in keys(section))
+            given = getattr(values or info, field[1] if values else "default", None)
+            given = given if isinstance(given, Config) else None
+            yield from (f"  {nested}" for section in sections for nested in keys(section, given))
             continue
         below = re.fullmatch(r"    # (.*)", following)
         choices = re.match(r"Literal\[(\".*?)\]", field[2])
         kind = choices[1].replace(", ", " | ") if choices else None
         comment = "; ".join(filter(None, [kind, field[3] or (below and below[1])]))
-        default = "REQUIRED" if info.is_required() else _yaml(info.default)
+        if values:  # what the section that this one is in gives it
+            default = _yaml(getattr(values, field[1]))
+        else:
+            default = "REQUIRED" if info.is_required() else _yaml(info.default)
         yield f"{field[1]}: {default}".ljust(28) + f"  # {comment or field[2].split(' = ')[0]}"
 
 

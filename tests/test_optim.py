@@ -95,7 +95,7 @@ def test_ema_longer_than_the_run_is_said():
 def test_the_ema_that_is_advised_can_be_taken(steps):
     warning = ema_warning(1 - 1e-9, steps)
     if steps < 20:
-        assert "too short to average over: lengthen run.duration" in warning
+        assert "A lower optim.ema, or a longer run.duration" in warning
     else:
         advised = float(re.search(r"optim\.ema=(\S+) ", warning)[1])
         assert 1 / (1 - OptimConfig(lr=1, ema=advised).ema) == pytest.approx(steps / 10, rel=1e-3)

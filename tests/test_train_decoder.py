@@ -580,3 +580,45 @@ def test_other_weights_of_the_discriminators_network_are_refused(encoder, tmp_pa
     longer = decoder_recipe(encoder, loss__adversarial=adversarial(features), run__duration="14st")
     with pytest.raises(TrainingError, match="was trained on discriminator features"):
         train_decoder(longer, tmp_path / "run")
+
+
+def test_refused_command_leaves_the_run_as_it_was(encoder, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    before = (tmp_path / "run/recipe.yaml").read_bytes()
+    (tmp_path / "images").mkdir()
+    for i in range(20):
+        Image.new("RGB", (16, 16), (10 * i, 0, 0)).save(tmp_path / f"images/{i}.png")
+    other = decoder_recipe(encoder, data__source=str(tmp_path / "images"), run__save_every="1st", run__keep=99)
+    with pytest.raises(TrainingError, match="or the recipe names others"):
+        train_decoder(other, tmp_path / "run")
+    assert (tmp_path / "run/recipe.yaml").read_bytes() == before
+
+
+def test_shorter_run_than_the_one_that_is_there(encoder, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    before = (tmp_path / "run/recipe.yaml").read_bytes()
+    shorter = decoder_recipe(encoder, run__duration="6st", run__save_every="1st", run__keep=99)
+    train_decoder(shorter, tmp_path / "run")
+    assert "12 steps are made already, more than the 6 asked for" in capsys.readouterr().err
+    assert (tmp_path / "run/recipe.yaml").read_bytes() == before
+
+
+def test_signal_in_the_last_step_ends_what_comes_after(encoder, tmp_path, monkeypatch):
+    interrupt_at(11, signal.SIGTERM, monkeypatch)
+    with pytest.raises(SystemExit) as stopped:
+        train_decoder(decoder_recipe(encoder), tmp_path / "run")
+    assert stopped.value.code == 143
+    assert (tmp_path / "run/latest").read_text() == "000000096\n"
+
+
+def test_terms_that_never_begin_are_named(encoder, tmp_path, capsys):
+    section = adversarial(encoder, start="8ep")
+    train_decoder(decoder_recipe(encoder, loss__adversarial=section), tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "loss.adversarial.start: 8ep is not before the end of the run (12st): it will not begin" in said
+
+
+def test_one_checkpoint_is_a_model(finished):
+    earlier = RAE.from_pretrained(finished / "checkpoints/000000040").decoder.state_dict()
+    expected = load_file(finished / "checkpoints/000000040/model/decoder.safetensors")
+    assert all(torch.equal(earlier[name], expected[name]) for name in expected)

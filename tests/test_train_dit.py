@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from tiny import decoder_recipe, dit_recipe, save_encoder, train_in_processes
 
 from rae import RAE, DiffusionModel, generate
-from rae.config import ConfigError
+from rae.config import ConfigError, load_recipe
 from rae.data.images import open_split
 from rae.data.order import image_index, mirrored, noise_draws
-from rae.training.decoder import train_decoder
-from rae.training.dit import train_dit
+from rae.training.decoder import DecoderRecipe, train_decoder
+from rae.training.dit import DiTRecipe, train_dit
 from rae.training.latents import cache_latents, cached_latents
 from rae.training.run_folder import TrainingError
 
@@ -152,3 +152,15 @@ def test_another_autoencoder_is_refused_on_resume(rae, tmp_path):
 def test_impossible_recipes(rae, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         train_dit(dit_recipe(rae, **changes), tmp_path / "run")
+
+
+def test_the_other_kind_of_model_or_recipe_is_named_in_one_line(rae, tmp_path):
+    run = train_dit(dit_recipe(rae), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"holds the diffusion model that `rae train-dit` makes; what is needed here"):
+        RAE.from_pretrained(run)
+    with pytest.raises(ValueError, match="holds the autoencoder that `rae train-decoder` makes"):
+        DiffusionModel.from_pretrained(rae)
+    with pytest.raises(ConfigError, match="this is a recipe of stage 2; `rae train-dit` takes it"):
+        load_recipe(DecoderRecipe, run / "recipe.yaml")
+    with pytest.raises(ConfigError, match="this is a recipe of stage 1; `rae train-decoder` takes it"):
+        load_recipe(DiTRecipe, rae / "recipe.yaml")

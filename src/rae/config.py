@@ -124,13 +124,14 @@ def _read_yaml(text: str | bytes, where: str) -> Any:
 def _set(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"override {override!r} is not of the form section.key=value.")
+        raise ConfigError(f"override {override!r} is not of the form section.key=value (without spaces around =).")
     *parents, last = key.split(".")
     for depth, name in enumerate(parents):
         data = data.setdefault(name, {})
         if not isinstance(data, dict):
             raise ConfigError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section.")
-    data[last] = _read_yaml(text, f"override {override!r}")
+    # in YAML nothing is null; in a shell, whose quotes are gone by now, it is the empty text
+    data[last] = _read_yaml(text, f"override {override!r}") if text else ""
 
 
 def _keys(data: Any, problem: Any) -> Iterator[str | int]:

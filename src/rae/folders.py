@@ -23,7 +23,7 @@ from rae.sources import MODEL_REMEDIES, fetch_hub, source_of
 
 
 def find_folder(folder_or_hub_id: str | Path, what: str) -> Path:
-    """The folder that holds a model: the one given, a run's newest or best checkpoint, or what a hub id stands for.
+    """The folder that holds a model: the one given, a checkpoint, a run's newest or best one, or what a hub id names.
 
     Args:
         folder_or_hub_id: `~` is expanded. A run stands for its newest checkpoint, `run/best` for its best one.
@@ -45,6 +45,8 @@ def find_folder(folder_or_hub_id: str | Path, what: str) -> Path:
     if kind == "hub":
         return fetch_hub(name, ["config.json", "*.safetensors", "encoder/*"], MODEL_REMEDIES)
     folder = Path(name)
+    if (folder / "manifest.json").is_file():  # one checkpoint of a run
+        return folder / "model"
     if (folder / "latest").is_file():
         return find_folder(folder / "latest", what)
     if (folder / "recipe.yaml").is_file():  # a run, killed before its first checkpoint had a pointer
@@ -52,6 +54,24 @@ def find_folder(folder_or_hub_id: str | Path, what: str) -> Path:
             raise ValueError(f"{folder}: this run has saved nothing yet; let it reach its first checkpoint.")
         return found[-1] / "model"
     return folder
+
+
+def check_kind(folder: Path, wanted: str) -> None:
+    """Say in one line that a folder holds the other kind of model.
+
+    Raises:
+        ValueError: it does.
+    """
+    trained = {"autoencoder": "train-decoder", "diffusion model": "train-dit"}
+    try:
+        found = json.loads((folder / "config.json").read_text())["kind"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return  # whoever reads config.json says what is wrong with it
+    if found in trained and found != wanted:
+        raise ValueError(
+            f"{folder} holds the {found} that `rae {trained[found]}` makes; what is needed here is the {wanted} that "
+            f"`rae {trained[wanted]}` makes."
+        )
 
 
 def checkpoints(run: Path) -> list[Path]:

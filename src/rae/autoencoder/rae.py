@@ -16,7 +16,7 @@ from rae.autoencoder.decoder import Decoder, DecoderConfig
 from rae.autoencoder.encoders import Encoder, EncoderConfig, open_encoder
 from rae.autoencoder.latents import EPS, LatentStats, map_to_tokens, standardise, tokens_to_map, unstandardise
 from rae.config import Config, read_json
-from rae.folders import checksums, find_folder, load_tensors, save_tensors, write_folder
+from rae.folders import check_kind, checksums, find_folder, load_tensors, save_tensors, write_folder
 
 
 class RAEConfig(Config):
@@ -192,6 +192,7 @@ class RAE(nn.Module):
                 of another encoder.
         """
         folder = find_folder(folder_or_hub_id, "an autoencoder")
+        check_kind(folder, "autoencoder")
         config = read_json(RAEConfig, folder / "config.json")
         stats = None
         if config.standardised:
@@ -223,6 +224,7 @@ class RAE(nn.Module):
 def load_decoder(folder_or_hub_id: str | Path) -> Decoder:
     """The decoder of a saved autoencoder, without its encoder; arguments and errors as in `RAE.from_pretrained`."""
     folder = find_folder(folder_or_hub_id, "an autoencoder")
+    check_kind(folder, "autoencoder")
     return _read_decoder(folder, read_json(RAEConfig, folder / "config.json"))
 
 

@@ -54,7 +54,9 @@ def open_shards(files: Sequence[Path], image: str | None, label: str | None) -> 
         ImageError: not a tar file, cut short, a sample without an image or with two, labels of some samples only.
     """
     if label not in (None, "", "cls"):
-        raise ImageError(f"data.label={label}: the labels of shards are in .cls; leave the key out, or '' for none.")
+        raise ImageError(
+            f"data.label={label}: the labels of shards are in .cls; leave the key out, or write data.label= for none."
+        )
     console = Console(stderr=True)
     listing = track(files, "List the shards", console=console, transient=True, disable=not console.is_terminal)
     found = [_samples(file, image) for file in listing]
@@ -114,14 +116,14 @@ def _classes(samples: Sequence[Sample]) -> tuple[list[int], list[str] | None]:
     if without:
         raise ImageError(
             f"{without[0]} has no .cls, {len(samples) - len(without)} of {len(samples)} samples have; complete them, "
-            "or leave classes alone with data.label=''."
+            "or leave classes alone with data.label= and nothing behind it."
         )
     labels = []
     for sample in samples:
         if not re.fullmatch(r"\s*\d+\s*", sample.label.label):
             raise ImageError(
                 f"{sample.name}: .cls holds {sample.label.label[:40]!r}; it must be the number of the class, from 0. "
-                "Correct it, or leave classes alone with data.label=''."
+                "Correct it, or leave classes alone with data.label= and nothing behind it."
             )
         labels.append(int(sample.label.label))
     return labels, [str(number) for number in range(max(labels) + 1)]

@@ -141,7 +141,7 @@ def _classes(table: Any, names: list[str], where: str, name: str | None) -> tupl
         if len(found) > 1:
             raise ImageError(
                 f"{where} has {len(found)} columns of classes{_listed(found)}: name one with data.label, or "
-                "leave classes alone with data.label=''."
+                "leave classes alone with data.label= and nothing behind it."
             )
         if not found and LABEL not in table.column_names:
             return none
@@ -158,7 +158,7 @@ def _classes(table: Any, names: list[str], where: str, name: str | None) -> tupl
     if not isinstance(dtype, str) or not re.fullmatch(r"u?int\d+|(large_)?string", dtype):
         raise ImageError(
             f"{where}: the column {name} is {kind}; classes are of type ClassLabel, whole numbers or strings. Name "
-            "another with data.label, or leave classes alone with data.label=''."
+            "another with data.label, or leave classes alone with data.label= and nothing behind it."
         )
     class_names = kind.names if isinstance(kind, datasets.ClassLabel) else None
     most = len(class_names) if class_names else float("inf")
@@ -168,7 +168,7 @@ def _classes(table: Any, names: list[str], where: str, name: str | None) -> tupl
                 f"{row}: the label in {name} is {value}, of classes from 0"
                 + f" to {most - 1}" * bool(class_names)
                 + ". "
-                "Correct it, or leave classes alone with data.label=''."
+                "Correct it, or leave classes alone with data.label= and nothing behind it."
             )
     return values, class_names or [str(number) for number in range(max(values) + 1)]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rae.config import Config, read_json
 from rae.diffusion.dit import DiTConfig, DiTDHConfig, build
 from rae.diffusion.flow import Flow
-from rae.folders import checksums, find_folder, load_tensors, save_tensors, write_folder
+from rae.folders import check_kind, checksums, find_folder, load_tensors, save_tensors, write_folder
 
 WEIGHTS = "model.safetensors"
 
@@ -171,6 +171,7 @@ class DiffusionModel(nn.Module):
                 float32, or do not fit the configuration.
         """
         folder = find_folder(folder_or_hub_id, "a diffusion model")
+        check_kind(folder, "diffusion model")
         saved = read_json(_SavedConfig, folder / "config.json")
         weights = load_tensors(folder, WEIGHTS, saved.files)
         config = DiffusionModelConfig(**{name: getattr(saved, name) for name in DiffusionModelConfig.model_fields})

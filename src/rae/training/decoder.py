@@ -7,7 +7,7 @@ images --Stream--> [0,1] images [B,3,H,W] --Encoder--> tokens [B,N,C] --add_nois
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -92,6 +92,13 @@ class DecoderRecipe(Config):
     )
     statistics: bool = True  # take latent statistics of the training images first and save them with the model
     run: RunConfig
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_this_stage(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "network" in data:
+            raise ValueError("this is a recipe of stage 2; `rae train-dit` takes it")
+        return data
 
     @model_validator(mode="after")
     def _images_can_be_kept(self) -> "DecoderRecipe":

@@ -84,6 +84,13 @@ class DiTRecipe(Config):
     sheet: SheetConfig = SheetConfig()
     run: RunConfig
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_this_stage(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "decoder" in data:
+            raise ValueError("this is a recipe of stage 1; `rae train-decoder` takes it")
+        return data
+
     @model_validator(mode="after")
     def _consistent(self) -> "DiTRecipe":
         if self.latents == "memory":

@@ -150,10 +150,10 @@ def ema_warning(decay: float, steps: int) -> str | None:
     horizon = 1 / (1 - decay)
     if horizon <= steps:
         return None
-    advice = "It is too short to average over: lengthen run.duration."
+    advice = "A lower optim.ema, or a longer run.duration."
     if steps >= 20:
         advice = f"optim.ema={1 - 10 / steps:.6g} would average over a tenth of the run."
     return (
         f"EMA with decay {decay:g} averages over {horizon:,.0f} steps, the run has {steps:,}: {decay**steps:.0%} of "
-        f"the saved weights will be the random ones of the start. {advice}"
+        f"the saved weights will be those of the start. {advice}"
     )

@@ -26,7 +26,7 @@ from rae.training.checkpoint import checkpoints, newest_checkpoint, read_state, 
 from rae.training.display import progress
 from rae.training.durations import Duration, in_images
 from rae.training.optim import OptimizerConfig, learning_rate
-from rae.training.run_folder import TrainingError, claim, keep_recipe, size, truncate_log
+from rae.training.run_folder import TrainingError, check_recipe, claim, keep_recipe, size, truncate_log
 
 T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -108,7 +108,9 @@ class Run:
         with contextlib.ExitStack() as stack:
             if self.main:
                 stack.enter_context(claim(self.folder))
-                keep_recipe(self.folder, self.recipe)
+                check_recipe(self.folder, self.recipe)
+                if not checkpoints(self.folder):
+                    keep_recipe(self.folder, self.recipe)
                 newest_checkpoint(self.folder)
             self.accelerator.wait_for_everyone()
             self.checkpoint = (checkpoints(self.folder) or [None])[-1]
@@ -155,8 +157,12 @@ class Run:
             duration: its value.
             epoch: images in an epoch.
         """
-        self._starts[key] = in_images(duration, batch=self.config.batch, epoch=epoch, total=self.total)
-        return self._starts[key]
+        start = self._starts[key] = in_images(duration, batch=self.config.batch, epoch=epoch, total=self.total)
+        if start >= self.total:
+            self.warn(
+                f"{key}: {duration} is not before the end of the run ({self.config.duration}): it will not begin."
+            )
+        return start
 
     def positions(self) -> Iterator[range]:
         """The stream positions of this process in each coming step."""
@@ -193,7 +199,8 @@ class Run:
             if state["identity"][name] != now:
                 raise TrainingError(
                     f"{self.folder} was trained on {name} {state['identity'][name][:12]}, this is {name} {now[:12]}: "
-                    "files were added, removed or changed. Restore them, or begin a new run in another folder."
+                    "files were added, removed or changed, or the recipe names others. Restore them, or begin a new "
+                    "run in another folder."
                 )
         for key, now in self._starts.items():
             begun, batch = state["starts"][key], self.config.batch
@@ -203,6 +210,11 @@ class Run:
                     f"{state['images'] // batch} steps are made: too late. {key}={begun // batch}st keeps it."
                 )
         self.seen, self._window, self._best = state["images"], state["window"], state["best"]
+        if self.seen > self.total:
+            self._say(
+                f"{self.step:,} steps are made already, more than the {self.total // self.config.batch:,} asked for"
+            )
+            return
         self._say(f"resumed at {self.seen:,} of {self.total:,} images")
         for section, steps in self._schedules.items():
             begun = state["schedules"][section]
@@ -217,6 +229,8 @@ class Run:
         """Say `title`, open progress, log and trackers: everything is loaded and the loop starts."""
         if title:
             self._say(title)
+        if self.main:
+            keep_recipe(self.folder, self.recipe)  # not before: what is refused leaves the run as it was
         kept = truncate_log(self.folder / "log.jsonl", self.seen) if self.main else []
         self._broken |= {line["broken"] for line in kept if "broken" in line}
         if self.config.trackers:
@@ -353,6 +367,8 @@ class Run:
             if (self.folder / name).exists():
                 table.add_row(name, what, size(self.folder / name))
         self.console.print(table)
+        if self.stop is not None:  # a signal in the last step: what comes after training shall not begin
+            raise SystemExit(128 + self.stop)
         return self.folder
 
     def _say(self, text: str, style: str | None = None) -> None:

@@ -50,8 +50,8 @@ def claim(folder: Path) -> Iterator[None]:
         yield
 
 
-def keep_recipe(folder: Path, recipe: Config) -> None:
-    """Keep the recipe; refuse to go on from a checkpoint with another one, except for what is `FREE`."""
+def check_recipe(folder: Path, recipe: Config) -> None:
+    """Refuse to go on from a checkpoint with another recipe, except for what is `FREE`."""
     path, asked = folder / "recipe.yaml", _flatten(recipe.model_dump(mode="json"))
     if path.exists() and checkpoints(folder):
         begun = _flatten(load_recipe(type(recipe), path).model_dump(mode="json"))
@@ -59,12 +59,16 @@ def keep_recipe(folder: Path, recipe: Config) -> None:
         if changed:
             lines = "\n".join(f"  {key}: {begun.get(key)!r} -> {asked.get(key)!r}" for key in sorted(changed))
             raise ConfigError(
-                f"{folder} was begun with another recipe:\n{lines}\n"
-                f"Begin a new run in another folder, or ask for the same; only {', '.join(sorted(FREE))} may change."
+                f"{folder} was begun with another recipe:\n{lines}\nBegin a new run in another folder, or ask for the "
+                f"same; only {', '.join(sorted(FREE & asked.keys()))} may change."
             )
+
+
+def keep_recipe(folder: Path, recipe: Config) -> None:
+    """Write the recipe of a run that goes on, or begins."""
     aside = folder / ".tmp-recipe.yaml"
     aside.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    os.replace(aside, path)
+    os.replace(aside, folder / "recipe.yaml")
 
 
 def truncate_log(path: Path, seen: int) -> list[dict[str, Any]]:
