@@ -6,12 +6,13 @@
 `RAE` and `DiffusionModel` say what is in theirs.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -128,6 +129,28 @@ def sha256(path: Path) -> str:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def aside(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """A hidden file beside `path` to write to, which takes its place at the end: whole, or not there.
+
+    Whatever ends the writing early, `path` stays as it was and the hidden file is removed. A kill -9 leaves the latter.
+
+    Args:
+        path: in a folder that exists.
+        durable: bring it to the disk, so that a crash of the machine does not leave an empty file either.
+    """
+    hidden = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield hidden
+        if durable:
+            fsync(hidden)
+        hidden.replace(path)
+        if durable:
+            fsync(path.parent)
+    finally:
+        hidden.unlink(missing_ok=True)
+
+
 def write_folder(folder: str | Path, kind: str, write: Callable[[Path], None]) -> None:
     """Write a model's folder aside, bring it to the disk, and rename it.
 
@@ -142,8 +165,8 @@ def write_folder(folder: str | Path, kind: str, write: Callable[[Path], None]) -
     folder = Path(folder).expanduser().resolve()
     _check_replaceable(folder, kind)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.{os.getpid()}-", dir=folder.parent))
-    new, old = aside / "new", aside / "old"
+    hidden = Path(tempfile.mkdtemp(prefix=f".{folder.name}.{os.getpid()}-", dir=folder.parent))
+    new, old = hidden / "new", hidden / "old"
     try:
         new.mkdir()
         write(new)
@@ -155,7 +178,7 @@ def write_folder(folder: str | Path, kind: str, write: Callable[[Path], None]) -
     finally:
         if old.exists() and not folder.exists():
             old.rename(folder)
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _check_replaceable(folder: Path, kind: str) -> None:

@@ -3,7 +3,6 @@
 tokens [B,N,C] => latent maps [B,C,h,w] => standardised latents, the space that the diffusion models live in.
 """
 
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +10,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from rae.folders import aside
 
 # Variance floor under the square root, as in the authors' code (it is not in their checkpoints).
 EPS = 1e-5
@@ -137,22 +138,17 @@ class LatentStats:
         self.count = total
 
     def save(self, path: str | Path) -> None:
-        """Write `count`, `mean` and `m2` to a safetensors file: aside first, then renamed.
+        """Write `count`, `mean` and `m2` to a safetensors file, which is whole or not there.
 
         Raises:
             OSError: the disk is full or failed.
         """
         path = Path(path)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            save_file({"count": torch.tensor(self.count), "mean": self.mean, "m2": self.m2}, aside)
-            with aside.open("rb") as file:
-                os.fsync(file.fileno())
-            aside.replace(path)
+            with aside(path, durable=True) as hidden:
+                save_file({"count": torch.tensor(self.count), "mean": self.mean, "m2": self.m2}, hidden)
         except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from error
-        finally:
-            aside.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "LatentStats":

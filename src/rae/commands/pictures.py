@@ -1,9 +1,7 @@
 """What the commands that write pictures share: files that are whole or not there, folders that go on, checksums."""
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from rae.folders import aside
 from rae.sources import weights_sha256
 
 Rounding = Literal["nearest", "truncate"]
@@ -23,17 +22,6 @@ class OutputError(ValueError):
 def checksum(module: torch.nn.Module) -> str:
     """SHA-256 (hex) of a model's weights."""
     return weights_sha256(module.state_dict().values())
-
-
-@contextlib.contextmanager
-def aside(path: Path) -> Iterator[Path]:
-    """A hidden file to write to, which then takes the place of `path`; whatever happens, no half file stays."""
-    hidden = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield hidden
-        hidden.replace(path)
-    finally:
-        hidden.unlink(missing_ok=True)
 
 
 def check_file(path: Path) -> None:

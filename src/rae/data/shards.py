@@ -6,7 +6,6 @@ A shard is listed once; where its members lie is kept in the cache of this packa
 import contextlib
 import functools
 import json
-import os
 import re
 import tarfile
 from collections.abc import Sequence
@@ -154,9 +153,7 @@ def _members(file: Path) -> list[Member]:
     members = _list(file)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time and nothing else
         cache.mkdir(parents=True, exist_ok=True)
-        aside = listed.with_suffix(f".{os.getpid()}")
-        aside.write_text(json.dumps(members))
-        aside.replace(listed)
+        listed.write_text(json.dumps(members))  # half of it is no JSON, and is written again
     return members
 
 

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rae.config import Config, read_json
 from rae.demo.measure import Findings
 from rae.evaluation.report import Figure
+from rae.folders import aside
 
 
 class Part(Config):
@@ -66,9 +67,8 @@ class Parts:
             peak = max(part.memory_mib, _peak_memory_mib())
             spent = {"seconds": part.seconds + time.monotonic() - start, "memory_mib": peak}
             part = part.model_copy(update=spent)
-            aside = record.with_suffix(".tmp")
-            aside.write_text(part.model_dump_json(indent=1))
-            aside.replace(record)
+            with aside(record) as hidden:
+                hidden.write_text(part.model_dump_json(indent=1))
         return part
 
 

@@ -11,7 +11,6 @@ runs/x/
 import contextlib
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import yaml
 
 from rae.config import Config, ConfigError, load_recipe
-from rae.training.checkpoint import checkpoints
+from rae.folders import aside, checkpoints
 
 # What a resumed run may ask for differently: how long, how often, how it is watched, how fast images are decoded, and
 # where things lie; that they are the same things, checksums decide.
@@ -66,18 +65,16 @@ def check_recipe(folder: Path, recipe: Config) -> None:
 
 def keep_recipe(folder: Path, recipe: Config) -> None:
     """Write the recipe of a run that goes on, or begins."""
-    aside = folder / ".tmp-recipe.yaml"
-    aside.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    os.replace(aside, folder / "recipe.yaml")
+    with aside(folder / "recipe.yaml") as hidden:
+        hidden.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
 
 
 def truncate_log(path: Path, seen: int) -> list[dict[str, Any]]:
     """Drop what a killed run wrote after its last checkpoint, which will be written again; returns what stays."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["images"] <= seen]
-    aside = path.with_name(".tmp-log.jsonl")
-    aside.write_text("".join(kept))
-    os.replace(aside, path)
+    with aside(path) as hidden:
+        hidden.write_text("".join(kept))
     return [json.loads(line) for line in kept]
 
 
