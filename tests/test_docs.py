@@ -8,9 +8,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from rae.cli import rae
 from rae.config import Config, _configs_in
+from rae.data.image_set import read_image
 from rae.training.decoder import DecoderRecipe
 from rae.training.dit import DiTRecipe
 from rae.training.run_folder import FREE
@@ -43,13 +45,17 @@ def test_commands_parse(line):
     assert "recipe" not in parsed or (ROOT / parsed["recipe"]).is_file()
 
 
-def test_python_of_the_readme_runs(runs, capsys):
+def test_python_of_the_readme_runs(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "samples").mkdir()
+    for i in range(2):
+        Image.new("RGB", (16, 16), (90 * i, 50, 20)).save(tmp_path / f"samples/{i:06d}.png")
     (code,) = blocks((ROOT / "README.md").read_text(), "python")
     for stage, name in (("decoder", "photos-decoder"), ("dit", "photos-ditdh")):
         assert f'"runs/{name}"' in code
         code = code.replace(f'"runs/{name}"', repr(str(runs / stage)))
     exec(code, {})
-    assert "torch.Size([2, 3, 16, 16])" in capsys.readouterr().out
+    assert [read_image(name).shape for name in ("decoded.png", "new-0.png")] == [(16, 32, 3)] * 2
 
 
 def test_links_lead_somewhere():

@@ -121,6 +121,12 @@ def test_unusable_folders(tmp_path, make, message):
         open_images(make(tmp_path))
 
 
+def test_one_file_is_a_set_of_one(tmp_path):
+    Image.new("RGB", (4, 3), "red").save(tmp_path / "a.png")
+    images = open_images(tmp_path / "a.png")
+    assert (len(images), images.class_names, images[0][0].shape) == (1, None, (3, 4, 3))
+
+
 def test_links_in_circles_are_read_once(folder):
     (folder / "a/up").symlink_to(folder)
     (folder / "a/again").symlink_to(folder / "a")

@@ -21,6 +21,8 @@ _HOMES = {
     "AutoGuidance": "rae.diffusion.guidance",
     "CFG": "rae.diffusion.guidance",
     "generate": "rae.diffusion.sampling",
+    "load_images": "rae.data.pictures",
+    "save_image": "rae.data.pictures",
 }
 __all__ = sorted(_HOMES)
 __version__ = "0.1.0"

@@ -56,7 +56,7 @@ def load_recipe(schema: type[C], path: str | Path, overrides: Sequence[str] = ()
         raise ConfigError(f"{path}: a recipe is a mapping of sections, this file holds {type(data).__name__}.")
     for override in overrides:
         _set(data, override)
-    return parse(schema, data, str(path))
+    return parse(schema, data, f"{path} with {' '.join(overrides)}" if overrides else str(path))
 
 
 def parse(schema: type[C], data: dict[str, Any], where: str) -> C:

@@ -109,10 +109,14 @@ def _alternatives(text: str) -> Iterator[str]:
 def open_folder(root: Path) -> Images:
     """A folder of images: sub-folders that hold some are classes, in sorted order; a flat folder has none.
 
+    One image file is a set of one.
+
     Raises:
         ImageError: no such folder, an empty one, one with images both in it and in sub-folders, or a class whose images
             are all of a kind that is not read.
     """
+    if _is_image(root):
+        return _from_files(root.parent, [root.name], [0], None)
     if not root.is_dir():
         known = "a folder, .parquet, .arrow or .tar files, hf:owner/name, digits or photographs"
         raise ImageError(f"{root}: no such folder of images. A source is {known}.")
