@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from tiny import decoder_recipe, dit_recipe, save_encoder
 
 from rae.cli import rae
+from rae.training.decoder import train_decoder
 
 # The tests' tensors are so small that threads cost more than they give; and a sum over two threads has other rounding
 # errors than over one, so runs that are to end in the same bits need the same number, child processes included.
@@ -49,6 +50,19 @@ def refused():
         return result.output
 
     return refused
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory) -> Path:
+    """The tiny encoder of `save_encoder`; not to be written to."""
+    return save_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="session")
+def finished(encoder, tmp_path_factory) -> Path:
+    """A run of stage 1, 12 steps with a checkpoint after each; not to be written to."""
+    folder = tmp_path_factory.mktemp("finished") / "decoder"
+    return train_decoder(decoder_recipe(encoder, run__save_every="1st", run__keep=99), folder)
 
 
 @pytest.fixture(scope="session")

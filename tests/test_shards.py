@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from tiny import picture, png
 
 from rae.data import shards
 from rae.data.images import DataConfig, ImageError, Stream, loader, open_images
@@ -19,16 +19,6 @@ def cache(tmp_path_factory, monkeypatch) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("RAE_CACHE", str(folder))
     return folder
-
-
-def picture(seed: int, height: int = 24, width: int = 30) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def png(seed: int) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(picture(seed)).save(file, "png")
-    return file.getvalue()
 
 
 def shard(path: Path, members: dict[str, bytes], *, mode: str = "w") -> str:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as Pillow
+from tiny import picture, png
 
 from rae.data.images import DataConfig, ImageError, Stream, loader, open_images, open_split
 
@@ -22,16 +23,6 @@ def cache(tmp_path_factory, monkeypatch) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
     return folder
-
-
-def picture(seed: int, height: int = 24, width: int = 30) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def png(seed: int) -> bytes:
-    file = io.BytesIO()
-    Pillow.fromarray(picture(seed)).save(file, "png")
-    return file.getvalue()
 
 
 def rows(seeds, label=COLOURS, **columns) -> Dataset:

@@ -1,16 +1,32 @@
-"""Tiny real parts for the tests of training: an encoder with random weights in the transformers layout, two recipes."""
+"""Tiny real parts for the tests: pictures, an encoder with random weights in the transformers layout, recipes, runs."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
+from PIL import Image
+from safetensors.torch import load_file
 
 from rae.training.decoder import DecoderRecipe
 from rae.training.dit import DiTRecipe
+
+
+def picture(seed: int) -> np.ndarray:
+    """Noise of 24 x 30 px, uint8 [H,W,3]."""
+    return np.random.default_rng(seed).integers(0, 256, (24, 30, 3), dtype=np.uint8)
+
+
+def png(seed: int) -> bytes:
+    """The file of `picture(seed)`."""
+    file = io.BytesIO()
+    Image.fromarray(picture(seed)).save(file, "png")
+    return file.getvalue()
 
 
 def save_encoder(folder: Path) -> Path:
@@ -109,3 +125,35 @@ def train_all_in_processes(count: int, recipes: dict[Path, DecoderRecipe | DiTRe
         capture_output=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+# --- what a run left -------------------------------------------------------------------------------------------------
+
+
+def log(folder: Path, figure: str) -> list[float]:
+    """One figure, wherever it was logged."""
+    return [line[figure] for line in _log(folder) if figure in line]
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    """What was logged of training, without the clock."""
+    training, clock = (line for line in _log(folder) if "loss" in line), ("time", "images_per_second")
+    return [{name: value for name, value in line.items() if name not in clock} for line in training]
+
+
+def _log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All that the newest checkpoint holds."""
+    newest = folder / "checkpoints" / (folder / "latest").read_text().strip()
+    found = {}
+    for path in newest.rglob("*.safetensors"):
+        found |= {f"{path.relative_to(newest)}:{name}": value for name, value in load_file(path).items()}
+    return found
+
+
+def same_bits(a: Path, b: Path) -> bool:
+    first, second = tensors(a), tensors(b)
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
