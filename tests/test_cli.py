@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner
 from conftest import invoke
 from PIL import Image
+from safetensors import safe_open
 from tiny import decoder_recipe
 
 import rae.cli
@@ -219,6 +220,34 @@ def test_stats_are_exact(run, runs, tmp_path):
     run("stats", runs / "encoder", "digits", *options)
     stats = LatentStats.load(tmp_path / "stats.safetensors")
     assert (stats.count, stats.mean.shape) == (1797, (16, 2, 2))
+
+
+def test_stats_of_a_run_are_those_of_its_encoder(run, refused, runs, tmp_path):
+    images, options = tmp_path / "images", ["--image-size", 16]
+    images.mkdir()
+    for i in range(3):
+        Image.new("RGB", (16, 16), (80 * i, 9, 200)).save(images / f"{i}.png")
+    (images / "broken.png").write_bytes(b"no picture")
+    command = ["stats", runs / "decoder", images, "--out", tmp_path / "run.safetensors"]
+    assert "broken.png" in refused(*command)
+    assert f"left out: {images / 'broken.png'}" in "".join(run(*command, "--skip-broken").replace("\n", ""))
+    run("stats", runs / "encoder", images, *options, "--skip-broken", "--out", tmp_path / "encoder.safetensors")
+    of_run, of_encoder = (LatentStats.load(tmp_path / f"{name}.safetensors") for name in ("run", "encoder"))
+    assert of_run.count == 3
+    assert torch.equal(of_run.mean, of_encoder.mean)
+    assert torch.equal(of_run.m2, of_encoder.m2)
+    with safe_open(tmp_path / "run.safetensors", "pt") as file:
+        about = file.metadata()
+    assert about["images"] == str(images)
+    assert len(about["encoder_checksum"]) == 64
+
+
+def test_stats_say_what_is_missing_or_too_much(refused, runs, tmp_path):
+    out = ["--out", tmp_path / "s.safetensors"]
+    assert "say which with --image-size" in refused("stats", runs / "encoder", "digits", *out)
+    assert "which has its sizes" in refused("stats", runs / "decoder", "digits", "--image-size", 16, *out)
+    assert "call it s.safetensors" in refused("stats", runs / "decoder", "digits", "--out", tmp_path / "s.npz")
+    assert "holds the diffusion model" in refused("stats", runs / "dit", "digits", *out)
 
 
 def test_encoders_and_doctor(run, tmp_path, monkeypatch):

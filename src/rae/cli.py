@@ -179,15 +179,17 @@ ROUNDING = click.option(
 @rae.command()
 @click.argument("encoder")
 @click.argument("images")
-@click.option("--image-size", required=True, type=Size(), help="Of the images, such as 256 or 192x256.")
+@click.option("--image-size", type=Size(), help="Of the images an encoder by name takes, such as 256 or 192x256.")
 @click.option("--input-size", type=Size(), help="That the network sees.  [default: 14/16 of it for patches of 14]")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write (.safetensors).")
+@click.option("--skip-broken", is_flag=True, help="Name the images that cannot be read, and leave them out.")
 @_images
 def stats(encoder: str, images: str, image_size, input_size, out: Path, batch: int, **reading) -> None:
     """Exact mean and variance of an ENCODER's latents over IMAGES.
 
-    ENCODER is a name (`rae encoders`), a hub id or a folder. IMAGES is a folder of images, of .parquet, .arrow or .tar
-    files, one such file, hf:OWNER/NAME, `digits` or `photographs`.
+    ENCODER is a name (`rae encoders`), a hub id or a folder; or a run of train-decoder or another saved autoencoder,
+    for its encoder. IMAGES is a folder of images, of .parquet, .arrow or .tar files, one file, hf:OWNER/NAME, `digits`
+    or `photographs`.
     """
     from rae.commands.stats import write_statistics
 
@@ -209,7 +211,7 @@ def reconstruct(
     """IMAGES beside what an autoencoder makes of them, with PSNR and SSIM.
 
     MODEL is a run of train-decoder, a folder of `rae convert` or a hub id. IMAGES is a folder of images, of .parquet,
-    .arrow or .tar files, one such file, hf:OWNER/NAME, `digits` or `photographs`.
+    .arrow or .tar files, one file, hf:OWNER/NAME, `digits` or `photographs`.
 
     The same command again goes on where it was interrupted. With --noise, images show how well a decoder bears latents
     that are not quite right, as a diffusion model's are.

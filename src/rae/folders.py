@@ -63,16 +63,24 @@ def check_kind(folder: Path, wanted: str) -> None:
     Raises:
         ValueError: it does.
     """
-    trained = {"autoencoder": "train-decoder", "diffusion model": "train-dit"}
-    try:
-        found = json.loads((folder / "config.json").read_text())["kind"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return  # whoever reads config.json says what is wrong with it
+    trained, found = {"autoencoder": "train-decoder", "diffusion model": "train-dit"}, _kind(folder)
     if found in trained and found != wanted:
         raise ValueError(
             f"{folder} holds the {found} that `rae {trained[found]}` makes; what is needed here is the {wanted} that "
             f"`rae {trained[wanted]}` makes."
         )
+
+
+def saved_kind(name: str | Path) -> str | None:
+    """The kind of the model that a local folder or run holds ("autoencoder", say); None where it holds none."""
+    return _kind(find_folder(name, "a model")) if Path(name).expanduser().is_dir() else None
+
+
+def _kind(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / "config.json").read_text())["kind"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None  # whoever reads config.json says what is wrong with it
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 tokens [B,N,C] => latent maps [B,C,h,w] => standardised latents, the space that the diffusion models live in.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -137,8 +138,12 @@ class LatentStats:
         self.m2 = self.m2 + m2 + delta.square() * (self.count * count / total)
         self.count = total
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, about: Mapping[str, str] | None = None) -> None:
         """Write `count`, `mean` and `m2` to a safetensors file, which is whole or not there.
+
+        Args:
+            path: of the file.
+            about: what it was taken of, for the file's own metadata.
 
         Raises:
             OSError: the disk is full or failed.
@@ -146,7 +151,8 @@ class LatentStats:
         path = Path(path)
         try:
             with aside(path, durable=True) as hidden:
-                save_file({"count": torch.tensor(self.count), "mean": self.mean, "m2": self.m2}, hidden)
+                tensors = {"count": torch.tensor(self.count), "mean": self.mean, "m2": self.m2}
+                save_file(tensors, hidden, metadata=about and dict(about))
         except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from error
 

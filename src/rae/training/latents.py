@@ -35,10 +35,9 @@ def latent_statistics(
     *,
     batch: int = 64,
     accelerator: Accelerator | None = None,
+    left_out: Callable[[str], object] = lambda _: None,
 ) -> LatentStats:
     """Exact mean and variance of the latents of every image, centre-cropped and not mirrored.
-
-    Where `data.on_broken` is "skip", an unreadable image is left out; the stream of training names it.
 
     Args:
         encode: [0,1] images [B,3,H,W] -> latents [B,C,h,w] before standardisation.
@@ -46,12 +45,14 @@ def latent_statistics(
         images, data, size: which images, how they are read, and (H, W) of their crops.
         batch: images at a time; the result does not depend on it (beyond float64 rounding of float32 latents).
         accelerator: shares the images among its processes.
+        left_out: is told the name of every image that cannot be read, where `data.on_broken` is "skip"; training lets
+            its stream name it.
     """
     accelerator = accelerator or processes.accelerator()
     rank, world = accelerator.process_index, accelerator.num_processes
     stats, share = LatentStats(shape), range(rank, len(images), world)
     with progress("latent statistics", len(share)) as advance:
-        for items in readable(images, data, size, share, batch=batch, left_out=lambda _: None):
+        for items in readable(images, data, size, share, batch=batch, left_out=left_out):
             stats.update(encode(to_unit(items["image"].to(accelerator.device))))
             advance(stats.count)
     if world == 1:
