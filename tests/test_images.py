@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from devices import Float32Device
 from PIL import Image
 
 from rae.config import ConfigError, load_recipe, parse
@@ -244,6 +245,27 @@ def test_noise_of_an_image_does_not_depend_on_its_batch():
     assert abs((many[1:] * many[:-1]).mean()) < 5 / 4000**0.5  # neighbours are independent
     assert abs(np.mean([crop_draws(p, 0) for p in range(4000)]) - 0.5) < 5 * 12**-0.5 / 8000**0.5
     assert abs(np.mean([mirrored(p, 0) for p in range(4000)]) - 0.5) < 5 * 0.5 / 4000**0.5
+
+
+def test_noise_on_a_cpu_is_what_it_has_always_been():
+    normals, uniforms = noise_draws([0, 123456], seed=7, shape=(2,))
+    assert normals.flatten().tolist() == pytest.approx([0.25817856, 0.78712469, -1.10332060, 1.05239570], abs=1e-7)
+    assert uniforms.flatten().tolist() == pytest.approx([0.76701480, 0.14770895, 0.82121730, 0.46069127], abs=1e-7)
+
+
+def test_normals_are_drawn_on_the_device_and_uniforms_are_not(monkeypatch):
+    class Anywhere(torch.Generator):  # a device that does not exist has no generator
+        def __new__(cls, device="cpu"):
+            return super().__new__(cls)
+
+    monkeypatch.setattr(torch, "Generator", Anywhere)
+    with Float32Device():
+        normals, uniforms = noise_draws(range(6), 0, (3, 5), "lazy")
+        assert (normals.device.type, uniforms.device.type) == ("lazy", "cpu")
+        one = noise_draws([4], 0, (3, 5), "lazy")
+        assert torch.equal(one[0][0].cpu(), normals[4].cpu())
+        assert torch.equal(one[1][0], uniforms[4])
+        assert len({*uniforms.flatten().tolist()}) == 12
 
 
 def test_stream_yields_the_same_with_and_without_workers(folder):

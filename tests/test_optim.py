@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from rae.config import ConfigError, parse
+from rae.training.dit import DiTOptimConfig
 from rae.training.durations import in_images
 from rae.training.optim import (
     OptimConfig,
@@ -89,6 +90,16 @@ def test_ema_is_the_weighted_sum_of_all_weights():
 def test_ema_longer_than_the_run_is_said():
     assert ema_warning(0.99, 100) is None
     assert "averages over 10,000 steps, the run has 1,000: 90% of the" in ema_warning(0.9999, 1000)
+
+
+@pytest.mark.parametrize(
+    ("decays", "message"),
+    [([], "at least 1 item"), ([0.9, 0.5, 0.9], "0.9 is given 2 times"), ([0.9, 1.0], "less than 1")],
+)
+def test_averages_of_which_one_would_take_the_other_s_place_are_refused(decays, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(DiTOptimConfig, {"lr": 1.0, "ema": decays}, "recipe")
+    assert DiTOptimConfig(lr=1, ema=0.9) == DiTOptimConfig(lr=1, ema=[0.9])
 
 
 @pytest.mark.parametrize("steps", [1, 10, 19, 20, 300, 1_000_000])

@@ -44,16 +44,35 @@ def test_loss_falls_and_the_model_samples(rae, tmp_path):
         assert sheet.size == (2 * 16, 2 * 16)  # a row without and one with guidance
 
 
-def test_saved_model_holds_the_average_of_the_weights(rae, tmp_path):
-    folder = train_dit(dit_recipe(rae, run__save_every="1st", run__keep=99), tmp_path / "run")
-    model = DiffusionModel.from_pretrained(folder)
+def test_every_saved_model_is_its_average_of_the_weights(rae, tmp_path):
+    decays = {"model": 0.9, "model-ema0.5": 0.5, "model-ema0.99": 0.99}
+    recipe = dit_recipe(rae, optim__ema=list(decays.values()), run__save_every="1st", run__keep=99)
+    folder = train_dit(recipe, tmp_path / "run")
     torch.manual_seed(0)
-    ema = DiffusionModel(model.config).network.state_dict()
-    for step in sorted((folder / "checkpoints").iterdir()):
-        online = load_file(step / "train/weights.safetensors")
-        ema = {name: 0.9 * value + 0.1 * online[name] for name, value in ema.items()}
-    for name, value in model.network.state_dict().items():
-        torch.testing.assert_close(value, ema[name], rtol=1e-5, atol=1e-6)
+    start = DiffusionModel(DiffusionModel.from_pretrained(folder).config).network.state_dict()
+    steps = sorted((folder / "checkpoints").iterdir())
+    history = [load_file(step / "train/weights.safetensors") for step in steps]
+    n = len(history)
+    for name, decay in decays.items():
+        saved = DiffusionModel.from_pretrained(steps[-1] / name).network.state_dict()
+        for key, value in saved.items():
+            # decay^n start + (1 - decay) sum_k decay^(n-1-k) w_k
+            weighted = [decay ** (n - 1 - k) * weights[key].double() for k, weights in enumerate(history)]
+            expected = decay**n * start[key].double() + (1 - decay) * sum(weighted)
+            torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    newest = DiffusionModel.from_pretrained(folder).network.state_dict()  # a run stands for its first average
+    first = DiffusionModel.from_pretrained(steps[-1] / "model").network.state_dict()
+    assert all(torch.equal(value, newest[key]) for key, value in first.items())
+
+
+def test_every_average_goes_on_from_a_checkpoint(rae, tmp_path):
+    recipe = dit_recipe(rae, optim__ema=[0.9, 0.99], run__duration="2st")
+    folder = train_dit(recipe, tmp_path / "run")
+    train_dit(dit_recipe(rae, optim__ema=[0.9, 0.99], run__duration="4st"), folder)
+    whole = train_dit(dit_recipe(rae, optim__ema=[0.9, 0.99], run__duration="4st"), tmp_path / "whole")
+    for file in ("model/model.safetensors", "model-ema0.99/model.safetensors"):
+        ends = [load_file(run / "checkpoints/000000032" / file) for run in (folder, whole)]
+        assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 def test_first_step_computes_the_flow_loss_of_its_images(rae, tmp_path):

@@ -40,23 +40,29 @@ def mirrored(position: int, seed: int) -> bool:
     return bool(np.random.default_rng((_FLIP, seed, position)).random() < 0.5)
 
 
-def noise_draws(positions: Sequence[int], seed: int, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def noise_draws(
+    positions: Sequence[int], seed: int, shape: Sequence[int], device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The noise of a training step, each position of the stream from its own generator.
 
     Args:
         positions: B positions of the stream.
         seed: of the run.
         shape: of one image's normal noise.
+        device: where the normals are drawn, which a CPU would take longer to than a GPU takes to train. They are a
+            function of (seed, position) on devices of one kind: a run that moves to another kind goes on with others.
 
     Returns:
-        Normals [B, *shape] and uniforms in [0, 1) [B, 2], float32 on the CPU, the same bits for any device to use.
+        Normals [B, *shape] on the device, and uniforms in [0, 1) [B, 2] on the CPU; float32.
     """
-    normals = torch.empty(len(positions), *shape)
+    normals = torch.empty(len(positions), *shape, device=device)
     uniforms = torch.empty(len(positions), 2)
     for row, position in enumerate(positions):
         (key,) = np.random.SeedSequence((_NOISE, seed, position)).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(key))
+        generator = torch.Generator(device).manual_seed(int(key))
         normals[row].normal_(generator=generator)
+        if normals.device != uniforms.device:  # what is made of uniforms must not make the CPU wait for the device
+            generator = torch.Generator().manual_seed(int(key))
         uniforms[row].uniform_(generator=generator)
     return normals, uniforms
 

@@ -179,9 +179,9 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path) -> Path:
                     tokens = cache.take(positions, recipe.seed)[0].to(device)
                 else:
                     tokens = encoder(image, resize=resize)
-                noise, u = (draw.to(device) for draw in noise_draws(positions, recipe.seed, tokens.shape[1:]))
+                noise, u = noise_draws(positions, recipe.seed, tokens.shape[1:], device)
                 sigma = draw_sigma(recipe.noise.law, recipe.noise.tau, _of_law(recipe.noise.law, u[:, 0]))
-                yield Part(image, tokens, add_noise(tokens, sigma, noise), positions)
+                yield Part(image, tokens, add_noise(tokens, sigma.to(device), noise), positions)
 
         def save(folder: Path) -> None:
             rae.save_pretrained(folder / "model")

@@ -18,12 +18,12 @@ from rae.data.order import noise_draws
 from rae.diffusion.dit import DIT_SIZES, HEAD_SIZE
 from rae.diffusion.flow import Flow
 from rae.diffusion.guidance import CFG, drop_labels
-from rae.diffusion.model import DiffusionModel, DiffusionModelConfig
+from rae.diffusion.model import WEIGHTS, DiffusionModel, DiffusionModelConfig
 from rae.diffusion.sampling import generate
 from rae.training.checkpoint import load_training_state, load_weights, save_training_state
 from rae.training.display import save_sheet
 from rae.training.latents import Parts, cache_latents, cached_latents, check_crop, online_latents
-from rae.training.optim import OptimConfig, build_optimizers, ema_warning, make_ema, set_lr, update_ema
+from rae.training.optim import Decays, OptimizerConfig, build_optimizers, ema_warning, make_ema, set_lr, update_ema
 from rae.training.run import DTYPES, Run, RunConfig
 
 _FIXED = 2**32  # the seed of held-out figures and sheets, the same in every run and apart from any run's own
@@ -62,6 +62,12 @@ class FlowConfig(Config):
     shift_base: PositiveInt = 4096
 
 
+class DiTOptimConfig(OptimizerConfig):
+    """Those of stage 2, which may average the weights in several ways at once."""
+
+    ema: Decays  # decay of the weights' moving average; or several, of which the first one's is the model
+
+
 class SheetConfig(Config):
     """Sheets of samples: a row for the first classes, a second one guided."""
 
@@ -80,7 +86,7 @@ class DiTRecipe(Config):
     network: NetworkConfig
     flow: FlowConfig = FlowConfig()
     drop_labels: float = Field(0.1, ge=0, le=1)  # how often the null label takes a label's place
-    optim: OptimConfig
+    optim: DiTOptimConfig
     sheet: SheetConfig = SheetConfig()
     run: RunConfig
 
@@ -129,17 +135,21 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
         # --- construct ------------------------------------------------------------------------------------------------
         torch.manual_seed(recipe.seed)
         model = DiffusionModel(config, dtype=DTYPES[recipe.run.precision]).to(device)
-        flow, ema = model.flow, make_ema(model)
+        flow = model.flow
+        averages = {name: make_ema(model) for name in _folders(recipe.optim.ema)}
+        ema = averages["model"]
         optimizers = build_optimizers(recipe.optim, model.network.parameter_groups())
         learning_rate = run.learning_rate("optim", recipe.optim, epoch=len(images))
-        run.warn(ema_warning(recipe.optim.ema, run.total // recipe.run.batch))
+        for decay in recipe.optim.ema:
+            run.warn(ema_warning(decay, run.total // recipe.run.batch))
 
         # --- load -----------------------------------------------------------------------------------------------------
         identity = {"images": images.identity, "latents": rae.latent_identity}
         if run.checkpoint:
             run.resume(identity)
             load_training_state(run.checkpoint / "train", model.network, optimizers)
-            load_weights(ema.network, run.checkpoint / "model/model.safetensors")
+            for name, average in averages.items():
+                load_weights(average.network, run.checkpoint / name / WEIGHTS)
         if run.finished:
             return run.conclude()
         network = run.accelerator.prepare(model.network)
@@ -149,7 +159,8 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
         batches = _latents(recipe, rae, images, run)
 
         def save(folder: Path) -> None:
-            ema.save_pretrained(folder / "model")
+            for name, average in averages.items():
+                average.save_pretrained(folder / name)
             save_training_state(folder / "train", model.network, optimizers, run.state(identity))
 
         run.check_held_out(held_out, recipe.data, rae.image_size)
@@ -159,17 +170,19 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
             lr, total = learning_rate(run.step), torch.zeros(1, device=device)
             set_lr(optimizers, lr)
             for latents, labels, positions in run.accumulate(network, parts):
-                noise, u = (draw.to(device) for draw in noise_draws(positions, recipe.seed, rae.latent_shape))
+                noise, u = noise_draws(positions, recipe.seed, rae.latent_shape, device)
+                times, dropped = flow.times(u[:, 0]).to(device), u[:, 1].to(device)
                 if recipe.network.unconditional:
                     labels = torch.full_like(labels, model.null_label)
-                labels = drop_labels(labels, u[:, 1], recipe.drop_labels, model.null_label)
-                losses = flow.loss(predict, latents, labels, flow.times(u[:, 0]), noise)
+                labels = drop_labels(labels, dropped, recipe.drop_labels, model.null_label)
+                losses = flow.loss(predict, latents, labels, times, noise)
                 loss = losses.sum() / run.local_batch
                 loss.backward()
                 total += loss.detach()
             (loss,) = run.average(total)
             norm = run.clip_and_step(model.network, optimizers, recipe.optim.clip)
-            update_ema(ema, model, recipe.optim.ema)
+            for average, decay in zip(averages.values(), recipe.optim.ema):
+                update_ema(average, model, decay)
             run.finish_step(loss=loss, grad_norm=norm)
 
             # --- once in a while: log, evaluate, save -----------------------------------------------------------------
@@ -195,6 +208,11 @@ def _describe(recipe: DiTRecipe, rae: RAE, class_names: list[str] | None) -> Dif
         "drop_labels": recipe.drop_labels if class_names else None,
     }
     return parse(DiffusionModelConfig, data, "the model that network and flow of the recipe describe")
+
+
+def _folders(decays: tuple[float, ...]) -> list[str]:
+    """Where a checkpoint holds the model of each decay: the first one's is what a run or checkpoint stands for."""
+    return ["model", *(f"model-ema{decay}" for decay in decays[1:])]
 
 
 def _latents(recipe: DiTRecipe, rae: RAE, images: Images, run: Run) -> Iterator[Parts]:

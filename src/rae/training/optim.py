@@ -3,10 +3,10 @@
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, model_validator
 from torch import nn
 
 from rae.config import Config
@@ -14,6 +14,20 @@ from rae.training.durations import Duration
 
 Groups = Mapping[str, Sequence[tuple[str, nn.Parameter]]]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _listed(decays: Any) -> Any:
+    return (decays,) if isinstance(decays, int | float) else decays
+
+
+def _distinct(decays: tuple[float, ...]) -> tuple[float, ...]:
+    if twice := sorted({decay for decay in decays if decays.count(decay) > 1}):
+        raise ValueError(f"{twice[0]} is given {decays.count(twice[0])} times; each average needs a decay of its own")
+    return decays
+
+
+# One number is a list of one.
+Decays = Annotated[tuple[Decay, ...], Field(min_length=1), BeforeValidator(_listed), AfterValidator(_distinct)]
 
 
 class OptimizerConfig(Config):
@@ -139,8 +153,7 @@ def make_ema(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """ema <- decay * ema + (1 - decay) * parameter; buffers are copied."""
-    for average, parameter in zip(ema.parameters(), model.parameters(), strict=True):
-        average.lerp_(parameter, 1 - decay)
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     for kept, buffer in zip(ema.buffers(), model.buffers(), strict=True):
         kept.copy_(buffer)
 
