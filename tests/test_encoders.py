@@ -163,6 +163,7 @@ def test_checksum_is_of_weights_alone(dinov2, tmp_path):
 def test_bad_images_are_named(dinov2):
     encoder = load_encoder(dinov2, image_size=32)
     for bad, error, message in [
+        (images(32, 32).numpy(), TypeError, "images are a ndarray; load_images makes tensors"),
         (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), TypeError, "torch.uint8.*divide 8-bit images by 255"),
         (torch.zeros(3, 32, 32), ValueError, r"\[3, 32, 32\]; the encoder takes \[B, 3, H, W\]"),
         (torch.zeros(2, 32, 32, 3), ValueError, r"\[2, 32, 32, 3\]"),

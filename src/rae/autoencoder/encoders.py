@@ -116,9 +116,11 @@ class Encoder(nn.Module):
             [B,3,h,w] of `config.input_size`, float32.
 
         Raises:
-            TypeError: not floating point.
+            TypeError: no tensor, or not floating point.
             ValueError: another shape, another size, no image at all, or values outside [0,1].
         """
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images are a {type(images).__name__}; load_images makes tensors [B,3,H,W] of picture files.")
         if not images.is_floating_point():
             raise TypeError(
                 f"images are {images.dtype}; the encoder takes floats in [0,1]: divide 8-bit images by 255."
