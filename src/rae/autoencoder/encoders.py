@@ -120,7 +120,7 @@ class Encoder(nn.Module):
             ValueError: another shape, another size, no image at all, or values outside [0,1].
         """
         if not isinstance(images, Tensor):
-            raise TypeError(f"images are a {type(images).__name__}; load_images makes tensors [B,3,H,W] of picture files.")
+            raise TypeError(f"images are a {type(images).__name__}; load_images makes tensors of picture files.")
         if not images.is_floating_point():
             raise TypeError(
                 f"images are {images.dtype}; the encoder takes floats in [0,1]: divide 8-bit images by 255."
