@@ -1,15 +1,14 @@
 """The demo from images to page, with an encoder of random weights and a few steps; what the page says is checked."""
 
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from PIL import Image
 from test_report import Reader, decode
+from tiny import save_encoder
 
 from rae import RAE, demo
 from rae.config import ConfigError
@@ -19,14 +18,8 @@ from rae.evaluation.reconstruction import psnr
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    """A DINOv2 of width 16 with one layer and patches of 14 px, in place of the real one."""
-    folder = tmp_path_factory.mktemp("encoder")
-    torch.manual_seed(0)
-    config = transformers.Dinov2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    transformers.Dinov2Model(config).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    """A tiny one with patches of 14 px, in place of the real one."""
+    folder = save_encoder(tmp_path_factory.mktemp("encoder"), image_size=28, patch_size=14)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo.studies, "ENCODER", str(folder))
         yield

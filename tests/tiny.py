@@ -29,11 +29,11 @@ def png(seed: int) -> bytes:
     return file.getvalue()
 
 
-def save_encoder(folder: Path) -> Path:
-    """A DINOv2 of width 16 with one layer: 16 x 16 px images, 2 x 2 tokens."""
+def save_encoder(folder: Path, image_size: int = 16, patch_size: int = 8) -> Path:
+    """A DINOv2 of width 16 with one layer and random weights: images of 2 x 2 tokens."""
     torch.manual_seed(0)
     config = transformers.Dinov2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=image_size, patch_size=patch_size
     )
     transformers.Dinov2Model(config).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))

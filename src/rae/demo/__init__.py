@@ -5,6 +5,7 @@
 Everything goes through the functions that a user calls: `train_decoder`, `train_dit`, `generate`.
 """
 
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -122,7 +123,7 @@ def _carry_out(study: Study, parts: Parts) -> Findings:
     )
 
 
-def _train(train, recipe, folder: Path) -> None:
+def _train(train: Callable[[Config, Path], Path], recipe: Config, folder: Path) -> None:
     train(recipe, folder)
 
 

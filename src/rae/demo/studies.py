@@ -89,17 +89,9 @@ def digits(out: Path, quick: bool) -> Study:
         tokens="memory",
         noise={"law": "uniform", "tau": 0.3},
         optim=_optim("adamw", 1e-3, ema=0.99),
-        run=_run("8st" if quick else "1000st", batch=64),
+        run=_run(8 if quick else 1000, batch=64, precision="fp32"),
     )
-    dit = DiTRecipe(
-        rae=str(folder / "decoder"),
-        data=data,
-        latents="memory",
-        network={"kind": "dit-dh"} | _NETWORK[quick],
-        optim=_optim("muon", 4e-3, ema=0.98, clip=1.0),
-        sheet={"images": 10, "steps": 25, "cfg": 2.0},
-        run=_run("8st" if quick else "800st", batch=128) | {"precision": "bf16"},
-    )
+    dit = _dit(folder, data, quick, {"images": 10, "cfg": 2.0}, _run(8 if quick else 800, batch=128))
     sampling = Sampling(count=20, steps=4) if quick else Sampling(count=400)
     shown = "1,797 images of 8 x 8 pixels from scikit-learn, enlarged to 28 x 28; one in ten is held out."
     return Study(folder, "Handwritten digits", shown, decoder, dit, sampling, judged=True, row=10)
@@ -135,15 +127,7 @@ def own_photos(out: Path, images: Images, source: Path, quick: bool) -> Study:
     folder = out / "photos"
     data = {"source": str(folder / "images"), "held_out": 0.1, "flip": True}
     chosen = subset(images, sorted(epoch_order(0, 0, len(images))[:MOST].tolist()))
-    dit = DiTRecipe(
-        rae=str(folder / "decoder"),
-        data=data,
-        latents="memory",
-        network={"kind": "dit-dh"} | _NETWORK[quick],
-        optim=_optim("muon", 4e-3, ema=0.98, clip=1.0),
-        sheet={"images": 8, "steps": 25, "cfg": 2.0 if images.class_names else None},
-        run=_run("4st" if quick else "800st", batch=24) | {"precision": "bf16"},
-    )
+    sheet = {"images": 8, "cfg": 2.0 if images.class_names else None}
 
     def prepare() -> None:
         if (readable := cut_tiles(chosen, folder / "images", (1,))) < FEWEST:
@@ -155,7 +139,7 @@ def own_photos(out: Path, images: Images, source: Path, quick: bool) -> Study:
         f"{len(chosen):,} of {len(images):,} images, the middle of each at {SIDE} x {SIDE} pixels; smaller ones are "
         "enlarged, unreadable ones left out, and one in ten is held out.",
         _photo_decoder(data, quick, input_side=112, patch_size=12),
-        dit,
+        _dit(folder, data, quick, sheet, _run(4 if quick else 800, batch=24)),
         Sampling(count=8, steps=4) if quick else Sampling(count=36),
         prepare=prepare,
         whole=str(source),
@@ -234,7 +218,19 @@ def _photo_decoder(
         noise={"law": "uniform", "tau": 0.2},
         optim=_optim("muon", 5e-3, ema=0.98),
         statistics=statistics,
-        run=_run("4st" if quick else "1000st", batch=8) | {"precision": "bf16"},
+        run=_run(4 if quick else 1000, batch=8),
+    )
+
+
+def _dit(folder: Path, data: dict[str, Any], quick: bool, sheet: dict[str, Any], run: dict[str, Any]) -> DiTRecipe:
+    return DiTRecipe(
+        rae=str(folder / "decoder"),
+        data=data,
+        latents="memory",
+        network={"kind": "dit-dh"} | _NETWORK[quick],
+        optim=_optim("muon", 4e-3, ema=0.98, clip=1.0),
+        sheet={"steps": 25} | sheet,
+        run=run,
     )
 
 
@@ -242,7 +238,7 @@ def _optim(name: str, lr: float, ema: float, clip: float | None = None) -> dict[
     return {"name": name, "lr": lr, "final_lr": lr / 50, "schedule": "cosine", "warmup": "5%", "ema": ema, "clip": clip}
 
 
-def _run(duration: str, batch: int) -> dict[str, Any]:
+def _run(steps: int, batch: int, precision: str = "bf16") -> dict[str, Any]:
     # all four checkpoints stay: the first one is AutoGuidance's weak model
     intervals = {"log_every": "1%", "evaluate_every": "10%", "save_every": "25%", "keep": 4}
-    return {"duration": duration, "batch": batch, **intervals}
+    return {"duration": f"{steps}st", "batch": batch, "precision": precision, **intervals}
