@@ -1,0 +1,170 @@
+"""What stage 2 says of itself: settings that cannot work, before it starts; a run that goes wrong, while it runs.
+
+Each message is two lines: what is the matter, with both values, and what to do. `rae doctor RUN` says the same of the
+run's folder afterwards. A discriminator's health is in adversarial.py.
+"""
+
+import math
+
+from rae.diffusion.flow import shift_factor
+from rae.diffusion.model import DiffusionModelConfig
+from rae.evaluation.flow_loss import LatentMoments, mean_trivial_loss, width_bound
+from rae.training.optim import OptimizerConfig
+
+LOOK = 64  # latents that settings are judged by
+PATIENCE = 1000  # steps, or half of a shorter run, before a loss is judged
+LAG = 1.1  # times the online weights' held-out loss: an average that has this much lags behind
+LARGE_STEP = 0.3  # of a weight's first size
+
+
+def check_settings(
+    config: DiffusionModelConfig,
+    optim: OptimizerConfig,
+    moments: LatentMoments,
+    *,
+    standardised: bool,
+    steps: int,
+    warmup: int,
+) -> list[str]:
+    """What is wrong with a run that is about to start, nothing of which is an error that ends it.
+
+    Args:
+        config: of the model.
+        optim: how it is trained.
+        moments: of the first `LOOK` latents.
+        standardised: whether the autoencoder has latent statistics.
+        steps: of the whole run.
+        warmup: steps of the warm-up.
+    """
+    found = (
+        _shift(config),
+        _statistics(moments, standardised),
+        _width(config, moments),
+        _learning_rate(config, optim),
+        _warmup(optim, steps, warmup),
+    )
+    return [message for message in found if message]
+
+
+def patience(steps: int, warmup: int) -> int:
+    """Steps after which the training loss must be below the trivial predictor's: the warm-up, and 1,000 or half the
+    run."""
+    return max(warmup, min(PATIENCE, steps // 2))
+
+
+def trivial_warning(loss: float, trivial: float, *, step: int, bound: float = 0.0) -> str | None:
+    """What to say of a mean loss after `patience` steps; None if it is below that of the trivial predictor.
+
+    Args:
+        loss: mean over the last steps.
+        trivial: `mean_trivial_loss` of the run's flow and latents.
+        step: steps made.
+        bound: `width_bound`, 0 for a network that is wide enough.
+    """
+    if loss < trivial:
+        return None
+    remedy = (
+        "Lower optim.lr or lengthen optim.warmup if the loss has risen or stands still, raise optim.lr if it falls too "
+        "slowly to see; make sure that the autoencoder has statistics. Samples of such a model are noise."
+    )
+    if bound > 0.8 * trivial:
+        remedy = (
+            f"The network is too narrow: no training takes its loss below {bound:.4g} (Theorem 1). Use a wider one, or "
+            "dit-dh, whose head alone must be wide."
+        )
+    return (
+        f"after {step:,} steps the loss is {loss:.4g}, and a linear guess that looks at each number of the latents by "
+        f"itself has {trivial:.4g}: nothing is learnt yet.\n{remedy}"
+    )
+
+
+def lag_warning(average: float, online: float, *, decay: float, step: int) -> str | None:
+    """What to say of averaged weights whose held-out loss is far above that of the weights they average.
+
+    Args:
+        average, online: held-out loss of both, by the same draws.
+        decay: of the average.
+        step: steps made.
+    """
+    if average < LAG * online:
+        return None
+    horizon = 1 / (1 - decay)
+    advice = "It catches up as training slows down."
+    if horizon > step / 10 and step >= 20:
+        advice = f"It catches up with more steps; optim.ema={1 - 10 / step:.4g} would have by now, in a new run."
+    return (
+        f"the averaged weights lag behind: their held-out loss is {average:.4g}, that of the weights as they are now "
+        f"{online:.4g}. EMA with decay {decay:g} reaches back {horizon:,.0f} steps, {step:,} are made.\n{advice} What "
+        "is saved, sampled and shown in samples/ is the average."
+    )
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def _shift(config: DiffusionModelConfig) -> str | None:
+    channels, (height, width) = config.network.in_channels, config.network.grid
+    numbers, shift = channels * height * width, config.flow.shift
+    wanted = max(1.0, shift_factor(numbers))
+    if wanted / 2 <= shift <= wanted * 2:
+        return None
+    if shift < wanted:
+        effect = "most training times leave so little noise that an image of so many numbers can still be made out"
+    else:
+        effect = "most training times leave so much noise that nothing can be made out"
+    return (
+        f"the shift of the times is {shift:.4g}, sqrt({channels} x {height} x {width} / 4096) is {wanted:.4g}: "
+        f"{effect} (arXiv 2510.11690, Sec. 4.2; Table 4: gFID 23.08 without the shift, 4.81 with it).\n"
+        f"flow.shift_base=4096 gives {wanted:.4g}."
+    )
+
+
+def _statistics(moments: LatentMoments, standardised: bool) -> str | None:
+    std, power = moments.variance.sqrt(), (moments.variance + moments.mean.square()).mean().item()
+    if not standardised:
+        return (
+            "the autoencoder has no latent statistics, so its latents are not standardised: standard deviations of "
+            f"their channels go from {std.min():.3g} to {std.max():.3g} and means to {moments.mean.abs().max():.3g}, "
+            "in place of 1 and 0.\n`rae train-decoder` with statistics=true, or `rae convert --statistics`, gives it."
+        )
+    if not 0.5 <= power <= 2:
+        return (
+            f"the mean square of the latents is {power:.3g}, in place of 1: the autoencoder's statistics are of other "
+            "images, or of another encoder.\n`rae train-decoder` on these images takes theirs; decoder.init starts "
+            "from the decoder that is there."
+        )
+    return None
+
+
+def _width(config: DiffusionModelConfig, moments: LatentMoments) -> str | None:
+    d, n, flow = config.network.output_width, config.network.token_dim, config.flow
+    if d >= n:
+        return None
+    bound = width_bound(moments.covariance, d, flow.prediction)
+    trivial = mean_trivial_loss(flow, moments.variance)
+    return (
+        f"the output is read from a stream of width {d}, and tokens have {n} numbers: no training takes the loss "
+        f"below {bound:.4g} (Theorem 1, for these latents), and a linear guess has {trivial:.4g}.\nA width of at least "
+        f"{n}, or network.kind=dit-dh with a head that wide; network.allow_narrow=true is for experiments."
+    )
+
+
+def _learning_rate(config: DiffusionModelConfig, optim: OptimizerConfig) -> str | None:
+    # The first step of Adam moves every weight by lr, whatever its gradient, and later ones by not much less; weights
+    # of a square layer begin with a root mean square of 1 / sqrt(width).
+    size = 1 / math.sqrt(max(config.network.width, config.network.output_width))
+    if optim.lr <= LARGE_STEP * size:
+        return None
+    return (
+        f"optim.lr={optim.lr:g} moves each weight by as much in one step, and weights of this network begin at about "
+        f"{size:.2g}: it is likely to diverge.\noptim.lr={size / 20:.1g} is a twentieth of that; the paper's is 2e-4."
+    )
+
+
+def _warmup(optim: OptimizerConfig, steps: int, warmup: int) -> str | None:
+    if not optim.warmup_from_zero or warmup < steps:
+        return None
+    return (
+        f"optim.warmup {optim.warmup} is {warmup:,} steps and the run has {steps:,}: the learning rate ends at "
+        f"{optim.lr * steps / warmup:.2g} and never reaches {optim.lr:g}.\noptim.warmup=5% leaves it the time."
+    )
