@@ -13,6 +13,7 @@ from rae.training.checkpoint import (
     CheckpointError,
     checkpoints,
     find_damage,
+    keep_models,
     load_training_state,
     newest_checkpoint,
     read_state,
@@ -165,6 +166,22 @@ def test_manifest_lists_every_file(tmp_path):
     folder = save(tmp_path, 1, model, optimizers)
     files = json.loads((folder / "manifest.json").read_text())["files"]
     assert set(files) == {"train/weights.safetensors", "train/optimizer.safetensors", "train/state.json"}
+
+
+def test_kept_models_are_written_anew_and_never_removed(tmp_path):
+    (tmp_path / "kept/.tmp-000000002").mkdir(parents=True)  # killed while writing
+    assert newest_checkpoint(tmp_path) is None
+    assert not list((tmp_path / "kept").iterdir())
+    for content in ("first", "second"):  # killed before the checkpoint of that step, so the step was made again
+        kept = keep_models(tmp_path, 2, lambda folder, text=content: (folder / "model").write_text(text))
+    for images in (2, 3, 4):
+        save_checkpoint(tmp_path, images, lambda folder: (folder / "model").mkdir(), keep=1)
+    assert (kept / "model").read_text() == "second"
+    assert find_damage(kept) is None
+    assert [path.name for path in checkpoints(tmp_path)] == ["000000004"]
+    with pytest.raises(CheckpointError, match=r"kept/000000005 could not be written.*last good checkpoint is .*04\. "):
+        keep_models(tmp_path, 5, lambda folder: Path("/dev/full").write_bytes(b"0" * 100_000))
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["000000002"]
 
 
 def test_best_checkpoint_stays_and_has_a_name(tmp_path):

@@ -16,6 +16,7 @@ from rae.data.order import image_index, mirrored, noise_draws
 from rae.training.decoder import DecoderRecipe, train_decoder
 from rae.training.dit import DiTRecipe, train_dit
 from rae.training.latents import cache_latents, cached_latents
+from rae.training.run import Run
 from rae.training.run_folder import TrainingError
 
 
@@ -73,6 +74,40 @@ def test_every_average_goes_on_from_a_checkpoint(rae, tmp_path):
     for file in ("model/model.safetensors", "model-ema0.99/model.safetensors"):
         ends = [load_file(run / "checkpoints/000000032" / file) for run in (folder, whole)]
         assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_models_of_named_steps_stay(rae, tmp_path, monkeypatch):
+    every = train_dit(dit_recipe(rae, run__save_every="1st", run__keep=99), tmp_path / "every")
+    recipe = dit_recipe(rae, run__keep_at=["2st", "50%"], run__save_every="3st", run__keep=1)
+
+    def kill(run: Run, write) -> None:
+        if run.seen == 6 * 8:
+            raise KeyboardInterrupt  # after the models were kept, before the checkpoint is there
+        original(run, write)
+
+    original = Run.save
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", kill)
+        with pytest.raises(KeyboardInterrupt):
+            train_dit(recipe, tmp_path / "run")
+    folder = train_dit(recipe, tmp_path / "run")
+    assert sorted(path.name for path in (folder / "kept").iterdir()) == ["000000016", "000000048"]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["000000096"]
+    for step in ("000000016", "000000048"):
+        kept, then = (DiffusionModel.from_pretrained(path / step) for path in (folder / "kept", every / "checkpoints"))
+        assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), then.parameters()))
+
+
+def test_moments_that_cannot_be_kept_are_named(rae, tmp_path, capsys):
+    folder = train_dit(dit_recipe(rae, run__duration="4st", run__keep_at=["2st", "1ep"]), tmp_path / "run")
+    assert "run.keep_at: 1ep is after the end of the run (4st)" in capsys.readouterr().err
+    train_dit(dit_recipe(rae, run__duration="6st", run__keep_at=["3st", "5st"]), folder)
+    said = capsys.readouterr().err
+    assert "run.keep_at: 3st was step 3, which is past and not kept" in said
+    assert "5st" not in said
+    assert sorted(path.name for path in (folder / "kept").iterdir()) == ["000000016", "000000040"]
+    with pytest.raises(ConfigError, match=r"run\.keep_at 7img is less than one batch of 8"):
+        train_dit(dit_recipe(rae, run__keep_at=["7img"]), tmp_path / "none")
 
 
 def test_first_step_computes_the_flow_loss_of_its_images(rae, tmp_path):

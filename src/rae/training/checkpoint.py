@@ -7,15 +7,17 @@ runs/x/
         model/                  the EMA model, in the form of `save_pretrained`
         train/                  online weights and optimiser (safetensors), state.json
         manifest.json           size and sha256 of every file
+    kept/000006400/             the same without train/, of steps that a recipe asked to keep; never removed
 
 A folder without the prefix `.tmp-` is complete, because the rename is the last thing that happens to it. A process may
 be killed at any instruction; the next start goes on from the newest folder.
 """
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,31 +48,25 @@ def save_checkpoint(run: Path, images: int, write: Callable[[Path], None], *, ke
     Raises:
         CheckpointError: the disk is full or failed. The checkpoints before this one are untouched.
     """
-    parent = run / "checkpoints"
-    aside, final = parent / f".tmp-{images:09d}", parent / f"{images:09d}"
-    try:
-        _remove(aside)
-        aside.mkdir(parents=True)
-        write(aside)
-        (aside / "manifest.json").write_text(json.dumps(_manifest(aside), indent=1))
-        fsync_all(aside)
-        os.rename(aside, final)
-        fsync(parent)
+    final = run / "checkpoints" / f"{images:09d}"
+    with _written(run, final, write):
         for pointer in ("latest", "best") if best else ("latest",):
             _point(run, pointer, final.name)
         for old in checkpoints(run)[:-keep]:
             if not (run / "best").is_file() or old.name != (run / "best").read_text().strip():
                 _remove(old)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        kept = checkpoints(run)
-        last = f"The last good checkpoint is {kept[-1]}" if kept else "There is no earlier checkpoint"
-        free = shutil.disk_usage(run).free / 2**20
-        raise CheckpointError(
-            f"checkpoint {final} could not be written: {error}. {free:.0f} MiB are free. {last}. "
-            "Make room and run the same command again."
-        ) from error
     return final
+
+
+def keep_models(run: Path, images: int, write: Callable[[Path], None]) -> Path:
+    """Write the models of this step where they stay for good; arguments, folder and errors as of `save_checkpoint`.
+
+    It comes before the checkpoint of the same step: a run that is killed in between makes the step again, and this.
+    """
+    final = run / "kept" / f"{images:09d}"
+    _remove(final)
+    with _written(run, final, write):
+        return final
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -79,8 +75,9 @@ def newest_checkpoint(run: Path) -> Path | None:
     Raises:
         CheckpointError: it is damaged. No older one is taken in its place without being asked for.
     """
-    for path in (run / "checkpoints").glob(".tmp-*"):
-        _remove(path)
+    for folder in ("checkpoints", "kept"):
+        for path in (run / folder).glob(".tmp-*"):
+            _remove(path)
     found = checkpoints(run)
     if not found:
         return None
@@ -162,6 +159,30 @@ def optimizer_tensors(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _written(run: Path, final: Path, write: Callable[[Path], None]) -> Iterator[None]:
+    """Inside `with`, `final` is there, as `write` filled it."""
+    aside = final.with_name(f".tmp-{final.name}")
+    try:
+        _remove(aside)
+        aside.mkdir(parents=True)
+        write(aside)
+        (aside / "manifest.json").write_text(json.dumps(_manifest(aside), indent=1))
+        fsync_all(aside)
+        os.rename(aside, final)
+        fsync(final.parent)
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        kept = checkpoints(run)
+        last = f"The last good checkpoint is {kept[-1]}" if kept else "There is no earlier checkpoint"
+        free = shutil.disk_usage(run).free / 2**20
+        raise CheckpointError(
+            f"{final} could not be written: {error}. {free:.0f} MiB are free. {last}. Make room and run the same "
+            "command again."
+        ) from error
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -183,8 +183,11 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path) -> Path:
                 sigma = draw_sigma(recipe.noise.law, recipe.noise.tau, _of_law(recipe.noise.law, u[:, 0]))
                 yield Part(image, tokens, add_noise(tokens, sigma.to(device), noise), positions)
 
-        def save(folder: Path) -> None:
+        def save_model(folder: Path) -> None:
             rae.save_pretrained(folder / "model")
+
+        def save(folder: Path) -> None:
+            save_model(folder)
             save_training_state(folder / "train", decoder, optimizers, run.state(identity))
             objective.save(folder / "train")
 
@@ -207,6 +210,8 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path) -> Path:
                 if held_out:
                     run.judge(best_by="held_out_fd", **_evaluate(rae, held_out, recipe, run.leave_out))
                 _save_sheet(rae, held_out or images, recipe, run.folder / f"samples/{run.seen:09d}.png")
+            if run.due("keep"):
+                run.keep(save_model)
             if run.due("save"):
                 run.save(save)
         return run.conclude()

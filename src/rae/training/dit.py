@@ -158,9 +158,12 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
         predict = functools.partial(network, dtype=model.dtype, recompute=recipe.run.recompute)
         batches = _latents(recipe, rae, images, run)
 
-        def save(folder: Path) -> None:
+        def save_models(folder: Path) -> None:
             for name, average in averages.items():
                 average.save_pretrained(folder / name)
+
+        def save(folder: Path) -> None:
+            save_models(folder)
             save_training_state(folder / "train", model.network, optimizers, run.state(identity))
 
         run.check_held_out(held_out, recipe.data, rae.image_size)
@@ -193,6 +196,8 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
                     loss = _held_out_loss(ema, rae, held_out, recipe, run.leave_out)
                     run.judge(best_by="held_out_loss", held_out_loss=loss)
                 _save_sheet(ema, rae, recipe.sheet, run.folder / f"samples/{run.seen:09d}.png")
+            if run.due("keep"):
+                run.keep(save_models)
             if run.due("save"):
                 run.save(save)
         return run.conclude()

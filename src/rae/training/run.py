@@ -22,7 +22,7 @@ from rae.config import Config, ConfigError
 from rae.data.images import DataConfig, Images, Stream, readable
 from rae.data.order import batch_positions, image_index
 from rae.processes import accelerator
-from rae.training.checkpoint import checkpoints, newest_checkpoint, read_state, save_checkpoint
+from rae.training.checkpoint import checkpoints, keep_models, newest_checkpoint, read_state, save_checkpoint
 from rae.training.display import progress
 from rae.training.durations import Duration, in_images
 from rae.training.optim import OptimizerConfig, learning_rate
@@ -46,6 +46,7 @@ class RunConfig(Config):
     evaluate_images: PositiveInt = 256  # of the held-out ones, at most
     save_every: Duration = "10%"
     keep: PositiveInt = 2  # newest checkpoints that stay
+    keep_at: tuple[Duration, ...] = ()  # moments whose models stay for good, in kept/: AutoGuidance wants an early one
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
 
@@ -85,6 +86,9 @@ class Run:
             name: max(in_images(getattr(config, f"{name}_every"), **convert), batch)
             for name in ("log", "evaluate", "save")
         }
+        self._keep = {in_images(moment, **convert): moment for moment in config.keep_at}
+        if 0 in self._keep:
+            raise ConfigError(f"run.keep_at {self._keep[0]} is less than one batch of {batch} images.")
         self.accelerator = accelerator(log_with=list(config.trackers) or None, project_dir=folder)
         if batch % self.accelerator.num_processes:
             raise ConfigError(f"run.batch {batch} cannot be shared by {self.accelerator.num_processes} processes.")
@@ -236,6 +240,11 @@ class Run:
         if self.config.trackers:
             self.accelerator.init_trackers(self.folder.resolve().name)
             self._stack.callback(self.accelerator.end_training)
+        for images, moment in sorted(self._keep.items()):
+            if images > self.total:
+                self.warn(f"run.keep_at: {moment} is after the end of the run ({self.config.duration})")
+            elif images <= self.seen and not (self.folder / f"kept/{images:09d}").exists():
+                self.warn(f"run.keep_at: {moment} was step {images // self.config.batch:,}, which is past and not kept")
         self._clock, self._clock_seen = time.monotonic(), self.seen
         self._advance = self._stack.enter_context(
             progress("training", self.total, start=self.seen, console=self.console)
@@ -248,7 +257,9 @@ class Run:
             self._window.setdefault(name, []).append(value)
         self._advance(self.seen, f"loss {figures['loss']:.4f}")
 
-    def due(self, what: Literal["log", "evaluate", "save"]) -> bool:
+    def due(self, what: Literal["log", "evaluate", "keep", "save"]) -> bool:
+        if what == "keep":
+            return self.seen in self._keep
         return self.seen % self.every[what] == 0 or self.finished or (what == "save" and self.stop is not None)
 
     def log(self, **figures: float) -> dict[str, float]:
@@ -297,6 +308,12 @@ class Run:
             f"Nothing of it is saved; {last}. In a new folder, lower optim.lr, lengthen optim.warmup, or set "
             "run.precision: fp32."
         )
+
+    def keep(self, write: Callable[[Path], None]) -> None:
+        """Write the models of this step to `kept/`, before its checkpoint."""
+        if self.main:
+            keep_models(self.folder, self.seen, write)
+        self.accelerator.wait_for_everyone()
 
     def save(self, write: Callable[[Path], None]) -> None:
         """Write a checkpoint; where a signal asked for the end, end here with its exit status."""
@@ -359,6 +376,7 @@ class Run:
             f"checkpoints/{kept[-1].name}/model": "the model, EMA weights",
             "best": "names the checkpoint that did best on held-out images",
             "checkpoints": f"{len(kept)}, each to go on from",
+            "kept": "the models of the steps that run.keep_at names",
             "samples": "sheets of pictures",
             "log.jsonl": "figures",
             "recipe.yaml": "what was asked for",
