@@ -240,7 +240,7 @@ def test_damaged_samples(runs, run, refused, tmp_path):
     assert f"{picture} is damaged" in refused(*command, "--npz", tmp_path / "samples.npz")
     picture.unlink()
     run(*command, "--npz", tmp_path / "samples.npz")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "samples.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-overview.png", "samples.npz"]
     for damaged in ("", "{", "[1]"):
         protocol.write_text(damaged)
         assert f"{protocol} is damaged" in refused(*command)
@@ -254,11 +254,14 @@ def test_files_that_cannot_be_written_are_found_before_the_work(runs, refused, t
     }[command]
     monkeypatch.setattr(DiffusionModel, "from_pretrained", None)
     monkeypatch.setattr("rae.commands.stats.load_encoder", None)
-    assert f"{tmp_path} is a folder; give the name of a file" in refused(*arguments, tmp_path)
+    name = {"sample": "x.npz", "stats": "x.safetensors"}[command]
+    folder = tmp_path / "folder" / name
+    folder.mkdir(parents=True)
+    assert f"{folder} is a folder; give the name of a file" in refused(*arguments, folder)
     (tmp_path / "file").touch()
-    assert "Not a directory" in refused(*arguments, tmp_path / "file/below/x")
+    assert "Not a directory" in refused(*arguments, tmp_path / "file/below" / name)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert f"{tmp_path} cannot be written to" in refused(*arguments, tmp_path / "x")
+    assert f"{tmp_path} cannot be written to" in refused(*arguments, tmp_path / name)
 
 
 def test_samples_are_not_begun_where_their_npz_has_no_room(runs, refused, tmp_path, monkeypatch):
@@ -269,8 +272,8 @@ def test_samples_are_not_begun_where_their_npz_has_no_room(runs, refused, tmp_pa
 
 
 def test_a_model_folder_does_not_say_its_autoencoder(runs, refused, tmp_path):
-    output = refused("sample", runs / "dit/checkpoints/000000048/model", "--out", tmp_path / "out")
-    assert "give --autoencoder" in output
+    shutil.copytree(runs / "dit/checkpoints/000000048/model", tmp_path / "dit")
+    assert "give --autoencoder" in refused("sample", tmp_path / "dit", "--out", tmp_path / "out")
 
 
 def test_samples_of_two_kinds_are_not_mixed(runs, run, refused, tmp_path):
@@ -323,7 +326,7 @@ def test_full_disk_while_packing(runs, run, refused, tmp_path):
     run(*command)
     with full_disk(5000):  # of 6144 bytes of pixels
         assert "Make room and run the same command again" in refused(*command, "--npz", tmp_path / "x.npz")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-overview.png"]
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 

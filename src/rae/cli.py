@@ -228,6 +228,7 @@ def reconstruct(
 @click.option("--labels", help="Classes by name or index, with commas; they take turns.  [default: all]")
 @click.option("--num", type=click.IntRange(1), help="Images in all.  [default: 16, or one for each of --labels]")
 @click.option("--per-class", type=click.IntRange(1), help="Images of each class, in place of --num.")
+@click.option("--random-labels", is_flag=True, help="Draw each image's class, by its seed.  [default: all as often]")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Image i is made from seed + i.")
 @click.option("--steps", default=50, show_default=True, type=click.IntRange(1))
 @click.option(
@@ -243,20 +244,22 @@ def reconstruct(
     show_default=True,
     type=click.Choice(["euler", "heun", "dopri5", "euler-maruyama", "heun-sde"]),
 )
-@click.option("--cfg", type=float, metavar="SCALE", help="Classifier-free guidance.")
-@click.option("--autoguidance", type=(str, float), metavar="MODEL SCALE", help="Guidance by a weaker model.")
+@click.option("--cfg", type=float, metavar="SCALE", help="Classifier-free guidance; 1 is none.")
+@click.option("--autoguidance", type=(str, float), metavar="MODEL SCALE", help="Guidance by a weaker model; 1 is none.")
 @click.option("--interval", type=(float, float), metavar="T_MIN T_MAX", help="Guide only at these times t.")
 @click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]))
 @click.option("--batch", default=32, show_default=True, type=click.IntRange(1), help="Images at a time.")
 @ROUNDING
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for PNGs and samples.json.")
+@click.option("--latents", is_flag=True, help="Also keep what was decoded: OUT/latents/000000.safetensors, ...")
 @click.option("--npz", type=click.Path(path_type=Path), help="Also one file for the ADM evaluator (arr_0, NHWC).")
+@click.option("--no-pngs", is_flag=True, help="Remove the PNGs once they are all in --npz.")
 def sample(model: str, cfg: float | None, autoguidance: tuple[str, float] | None, interval, **settings) -> None:
     """Make new images.
 
-    MODEL is a run of train-dit or a folder of `rae convert`. The same command again goes on where it was interrupted,
-    and a larger --num adds images. `torchrun --nproc_per_node 2 -m rae.cli -- sample ...` shares them between two
-    processes.
+    MODEL is a run of train-dit, one of its checkpoints, or a folder of `rae convert`. The same command again goes on
+    where it was interrupted, and a larger --num adds images. `torchrun --nproc_per_node 2 -m rae.cli -- sample ...`
+    shares them between two processes: with the same --batch to the same bits (docs/sampling.md).
     """
     if cfg is not None and autoguidance is not None:
         raise click.UsageError("--cfg and --autoguidance exclude each other.")
@@ -264,6 +267,10 @@ def sample(model: str, cfg: float | None, autoguidance: tuple[str, float] | None
         raise click.UsageError("--interval is of --cfg or --autoguidance; without them it has no effect.")
     if settings["per_class"] and settings["num"]:
         raise click.UsageError("--num and --per-class exclude each other.")
+    if settings["per_class"] and settings["random_labels"]:
+        raise click.UsageError("--per-class and --random-labels exclude each other; with --num, classes are drawn.")
+    if settings["no_pngs"] and not settings["npz"]:
+        raise click.UsageError("--no-pngs needs --npz, which is to hold the images in their place.")
     from rae.commands.sample import sample_to_folder
 
     sample_to_folder(model, cfg=cfg, autoguidance=autoguidance, interval=interval or (0.0, 1.0), **settings)

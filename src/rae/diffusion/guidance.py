@@ -7,6 +7,7 @@ Inside the interval t_min <= t <= t_max (of shifted times, both ends included) t
 outside it is v, and the weak velocity is not even computed there: a step costs what it must (arXiv 2510.11690, App. I).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,7 @@ class CFG:
     t_max: float = 1.0
 
     def __post_init__(self):
-        _check_interval(self.t_min, self.t_max)
+        _check(self.scale, self.t_min, self.t_max)
 
     def wrap(self, model: DiffusionModel) -> Network:
         """Guide `model`; at scale 1 it is the model itself."""
@@ -79,7 +80,7 @@ class AutoGuidance:
     t_max: float = 1.0
 
     def __post_init__(self):
-        _check_interval(self.t_min, self.t_max)
+        _check(self.scale, self.t_min, self.t_max)
 
     def wrap(self, model: DiffusionModel) -> Network:
         """Guide `model` by `weak`; at scale 1 it is the model itself."""
@@ -106,6 +107,8 @@ def _extrapolate(v: Tensor, v_weak: Tensor, inside: Tensor, scale: float) -> Ten
     return guided
 
 
-def _check_interval(t_min: float, t_max: float) -> None:
+def _check(scale: float, t_min: float, t_max: float) -> None:
+    if not math.isfinite(scale):
+        raise ValueError(f"guidance scale {scale}: it must be a finite number; 1 is no guidance.")
     if not 0 <= t_min < t_max <= 1:
         raise ValueError(f"guidance interval [{t_min}, {t_max}]: it must satisfy 0 <= t_min < t_max <= 1.")

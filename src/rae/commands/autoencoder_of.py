@@ -1,0 +1,65 @@
+"""Which autoencoder a run of `rae train-dit` was trained with, wherever both lie now."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from rae.autoencoder.rae import RAE
+from rae.config import ConfigError, load_recipe
+from rae.diffusion.model import DiffusionModel
+from rae.sources import SourceError
+from rae.training.dit import DiTRecipe
+
+
+def autoencoder_of(model: DiffusionModel, run: str | Path, say: Callable[[str], object]) -> tuple[str, RAE]:
+    """The autoencoder that the recipe of a run names, and where it was found.
+
+    A relative path is looked for in the current folder, then from each folder above the run, upwards: /data/x/runs/dit
+    that was trained with runs/decoder finds /data/x/runs/decoder. One of another latent space is passed over.
+
+    Args:
+        model: the run's, already loaded.
+        run: a run folder; one of its checkpoints, or the model in it; its `best` or `latest`.
+        say: is told what was found and not taken, and why.
+
+    Raises:
+        ConfigError: not part of a run, so nothing says which; or none is here, nor was it downloaded before.
+        ValueError, SourceError: of what was found, the first reason why it was not taken.
+    """
+    path = Path(os.path.abspath(Path(run).expanduser()))
+    folder = next((p for p in (path, *path.parents[:3]) if (p / "recipe.yaml").is_file()), None)
+    if folder is None:
+        raise ConfigError(f"{run} is not the folder of a run, which would name its autoencoder; give --autoencoder.")
+    name = load_recipe(DiTRecipe, folder / "recipe.yaml").rae
+    found, errors = {}, []
+    for place in (Path(name).expanduser(), *(above / name for above in folder.parents)):
+        if place.is_dir():
+            found.setdefault(os.path.realpath(place), place)
+    for place in found.values():
+        try:
+            rae = RAE.from_pretrained(place)
+            model.check_autoencoder(rae)
+        except (ValueError, SourceError) as error:
+            say(f"{place} is not taken: {error}")
+            errors.append(error)
+        else:
+            return str(place), rae
+    if errors:
+        raise errors[0]
+    if _downloaded(name):
+        return name, RAE.from_pretrained(name)
+    raise ConfigError(
+        f"{run} was trained with autoencoder {name!r}, which is not here, nor in a folder above the run; start from "
+        "the folder it was trained in, or give --autoencoder."
+    )
+
+
+def _downloaded(name: str) -> bool:
+    """Whether `name` is a hub id of which this machine has a copy; a relative folder looks the same."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(name.removeprefix("hub:"), "config.json"), str)
+    except HFValidationError:
+        return False

@@ -1,0 +1,406 @@
+"""`rae sample`: the same bits however the work is cut up; labels, latents, .npz, cost, overview, the autoencoder.
+
+What `generate` itself does is in test_generate.py, bad input in test_bad_input.py.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import invoke
+from PIL import Image
+from safetensors.torch import load_file
+
+from rae import RAE, DiffusionModel
+from rae.commands import sample, sample_folder
+from rae.commands.sample import choose_labels
+from rae.data.images import to_bytes
+from rae.diffusion.guidance import CFG
+from rae.diffusion.sampling import time_grid
+
+
+def pngs(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
+
+
+def latents(folder: Path) -> torch.Tensor:
+    return torch.stack([load_file(path)["latent"] for path in sorted((folder / "latents").iterdir())])
+
+
+def protocol(folder: Path) -> dict:
+    """How the samples were made, without what it took."""
+    return {key: value for key, value in json.loads((folder / "samples.json").read_text()).items() if key != "jobs"}
+
+
+def job(folder: Path) -> dict:
+    return json.loads((folder / "samples.json").read_text())["jobs"][-1]
+
+
+def made(folder: Path) -> dict[str, bytes]:
+    """Every file but samples.json, by its name."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "samples.json")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+# --- the same bits
+
+
+BATCH = ["--num", 10, "--steps", 3, "--cfg", 2, "--latents", "--batch", 4]  # 10 is no multiple of 4
+FORWARD = DiffusionModel.forward
+
+
+def coupled_forward(self, x, t, y):
+    """A velocity that depends on all of its batch, as rounding errors do in large models, and not in these."""
+    v = FORWARD(self, x, t, y)
+    return v + 0.2 * v.mean(0) + 0.01 * len(v)
+
+
+@pytest.fixture
+def coupled(monkeypatch):
+    monkeypatch.setattr(DiffusionModel, "forward", coupled_forward)
+
+
+@pytest.fixture(scope="module")
+def whole(runs, run, tmp_path_factory) -> Path:
+    """Ten samples made at once by one process, each of them in its batch's company."""
+    out = tmp_path_factory.mktemp("samples") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DiffusionModel, "forward", coupled_forward)
+        run("sample", runs / "dit", *BATCH, "--out", out)
+    assert len(made(out)) == 20
+    return out
+
+
+def test_two_processes_make_the_same_bits(whole, runs, tmp_path):
+    (tmp_path / "main.py").write_text(
+        "from test_sample_command import DiffusionModel, coupled_forward\n"
+        "from rae.cli import main\n"
+        "DiffusionModel.forward = coupled_forward\n"
+        "main()\n"
+    )
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        2,
+        tmp_path / "main.py",
+    ]
+    done = subprocess.run(
+        [str(part) for part in (*launch, "--", "sample", runs / "dit", *BATCH, "--out", tmp_path / "two")],
+        env=os.environ | {"COLUMNS": "200", "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert made(tmp_path / "two") == made(whole)
+    assert protocol(tmp_path / "two") == protocol(whole)
+    for once in ("10 images of 16 x 16 pixels", "autoencoder: ", "2 processes, 4 images at a time", "10 images in"):
+        assert done.stderr.count(once) == 1
+    assert job(tmp_path / "two").items() >= {"processes": 2, "images": 10, "computed": 10, "calls": 2.0}.items()
+
+
+def test_an_interrupted_job_ends_in_the_same_bits(whole, coupled, runs, run, tmp_path, monkeypatch):
+    command, saved, save = ["sample", runs / "dit", *BATCH, "--out", tmp_path / "out"], [], sample_folder.save_picture
+
+    def interrupted(picture, path):
+        if len(saved) == 6:
+            raise KeyboardInterrupt
+        saved.append(path)
+        save(picture, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_folder, "save_picture", interrupted)
+        result = invoke(*command)
+        assert (result.exit_code, "6 of 10 images are in" in result.output) == (130, True)
+    (tmp_path / "out/000001.png").unlink()
+    (tmp_path / "out/latents/000002.safetensors").unlink()
+    before = {path: path.stat().st_mtime_ns for path in saved if path.exists()}
+    assert len(before) == 5
+    run(*command)
+    assert made(tmp_path / "out") == made(whole)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    jobs = json.loads((tmp_path / "out/samples.json").read_text())["jobs"]
+    assert jobs[0].keys() == {"batch", "processes", "device"}  # it never came to its end
+    assert (jobs[1]["images"], jobs[1]["computed"]) == (6, 10)  # 1, 2, 6 to 9, and their chunks
+    assert "nothing was missing" in run(*command)
+    assert len(json.loads((tmp_path / "out/samples.json").read_text())["jobs"]) == 2
+
+
+def test_images_that_are_added_are_those_of_a_larger_set(whole, coupled, runs, run, tmp_path):
+    command = ["sample", runs / "dit", *BATCH, "--out", tmp_path / "out"]
+    run(*command, "--num", 4)  # whole chunks
+    run(*command, "--num", 10)
+    assert made(tmp_path / "out") == made(whole)
+
+
+def test_another_batch_size_changes_rounding_alone(whole, runs, run, tmp_path):
+    few, many = tmp_path / "few", tmp_path / "many"
+    run("sample", runs / "dit", *BATCH, "--out", many)
+    run("sample", runs / "dit", *BATCH, "--batch", 1, "--out", few)
+    assert np.abs(pngs(few).astype(int) - pngs(many)).max() <= 1
+    torch.testing.assert_close(latents(few), latents(many), rtol=1e-3, atol=1e-4)
+    assert not torch.isclose(latents(whole), latents(many), atol=1e-3).all()  # so that equal bits mean something above
+
+
+# --- labels
+
+
+def imagenet() -> SimpleNamespace:
+    """What `choose_labels` asks of a model of 1,000 classes without names."""
+    return SimpleNamespace(null_label=1000, config=SimpleNamespace(class_names=None))
+
+
+def test_fifty_thousand_are_fifty_of_each_of_a_thousand_classes():
+    assert Counter(choose_labels(imagenet(), None, 50_000, None)) == dict.fromkeys(range(1000), 50)
+    assert choose_labels(imagenet(), None, None, 50) == choose_labels(imagenet(), None, 50_000, None)
+
+
+def test_random_labels_are_drawn_from_the_seed_of_each_image():
+    drawn = choose_labels(imagenet(), None, 50_000, None, random_from=0)
+    counts = np.bincount(drawn, minlength=1000)
+    assert ((counts - 50.0) ** 2 / 50).sum() == pytest.approx(999, abs=5 * (2 * 999) ** 0.5)  # chi squared
+    assert choose_labels(imagenet(), None, 100, None, random_from=0) == drawn[:100]
+    assert choose_labels(imagenet(), None, 100, None, random_from=7) == drawn[7:107]
+    assert drawn[:4] == [700, 955, 364, 96]  # in every version of NumPy: SeedSequence is fixed
+
+
+def test_random_labels_by_flag(runs, run, refused, tmp_path):
+    command = ["sample", runs / "dit", "--steps", 2, "--random-labels", "--labels", "7,1,4", "--out", tmp_path / "out"]
+    assert "of each of 3 classes drawn at random" in run(*command, "--num", 12)
+    labels = protocol(tmp_path / "out")["labels"]
+    assert set(labels) == {1, 4, 7}
+    assert labels != [7, 1, 4] * 4
+    run(*command, "--num", 14)
+    assert protocol(tmp_path / "out")["labels"][:12] == labels
+    assert "--per-class and --random-labels exclude each other" in refused(*command, "--per-class", 2)
+
+
+def test_own_classes_by_name(runs, run, tmp_path):
+    shutil.copytree(runs / "dit/checkpoints/000000048/model", tmp_path / "dit")
+    path = tmp_path / "dit/config.json"
+    names = ["tench", "golden retriever", *(f"breed {i}" for i in range(8))]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"class_names": names}))
+    command = ["sample", tmp_path / "dit", "--autoencoder", runs / "decoder", "--steps", 2, "--out", tmp_path / "out"]
+    output = run(*command, "--labels", "golden retriever, tench", "--num", 3)
+    assert protocol(tmp_path / "out")["labels"] == [1, 0, 1]
+    assert "tench, golden retriever x 2" in output  # the rows of the overview, in the order of the classes
+
+
+# --- latents
+
+
+def test_latents_decode_to_the_images(whole, runs):
+    autoencoder = RAE.from_pretrained(runs / "decoder")
+    kept = latents(whole)
+    assert (kept.shape, kept.dtype) == ((10, *autoencoder.latent_shape), torch.float32)
+    decoded = torch.cat([to_bytes(autoencoder.decode(z)) for z in kept.split(4)])
+    assert np.array_equal(decoded.permute(0, 2, 3, 1).numpy(), pngs(whole))
+
+
+def test_latents_may_be_added_and_not_left_out(whole, coupled, runs, run, refused, tmp_path):
+    command = ["sample", runs / "dit", *(part for part in BATCH if part != "--latents"), "--out", tmp_path / "out"]
+    run(*command)
+    assert not (tmp_path / "out/latents").exists()
+    before = (tmp_path / "out/000003.png").stat().st_mtime_ns
+    run(*command, "--latents")
+    assert made(tmp_path / "out") == made(whole)
+    assert (tmp_path / "out/000003.png").stat().st_mtime_ns == before
+    assert "latents_kept: True -> False" in refused(*command)
+    (tmp_path / "out/latents/000003.safetensors").write_bytes(b"")
+    assert "000003.safetensors is damaged (it is empty); delete it" in refused(*command, "--latents")
+
+
+def test_latents_that_have_no_room(runs, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    message = refused("sample", runs / "dit", *BATCH, "--out", tmp_path / "below/out")
+    assert "make room, give another place, or leave --latents out" in message
+    assert not list(tmp_path.iterdir())
+
+
+# --- .npz
+
+
+def test_npz_in_place_of_pngs(whole, coupled, runs, run, tmp_path, monkeypatch):
+    out, npz = tmp_path / "out", tmp_path / "samples.npz"
+    command = ["sample", runs / "dit", *BATCH, "--out", out, "--npz", npz, "--no-pngs"]
+    output = run(*command)
+    assert not list(out.glob("*.png"))
+    assert "000000.png" not in output
+    with np.load(npz) as file:
+        assert file.files == ["arr_0"]
+        assert np.array_equal(file["arr_0"], pngs(whole))
+    before = npz.stat().st_mtime_ns
+    shutil.copy(whole / "000003.png", out)  # as if it had been killed while it removed them
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "write_samples", None)
+        assert f"{npz} holds them already" in run(*command)
+    assert npz.stat().st_mtime_ns == before
+    assert not list(out.glob("*.png"))
+    run(*command, "--num", 12)  # other images than it holds
+    with np.load(npz) as file:
+        assert np.array_equal(file["arr_0"][:8], pngs(whole)[:8])
+        assert len(file["arr_0"]) == 12
+
+
+def test_npz_is_no_other_kind_of_file(runs, refused, tmp_path):
+    command = ["sample", runs / "dit", "--num", 1, "--out", tmp_path / "out", "--npz"]
+    for name in ("below/samples.npy", "below/samples"):
+        assert f"give --npz {tmp_path / 'below/samples.npz'}" in refused(*command, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    assert "--no-pngs needs --npz" in refused(*command[:-1], "--no-pngs")
+
+
+def test_a_foreign_npz_is_not_taken_for_ours(tmp_path):
+    for foreign in ({"arr_0": np.zeros((1, 2, 2, 3), dtype=np.uint8)}, {}):
+        np.savez(tmp_path / "x.npz", **foreign)
+        assert not sample_folder.is_packed(tmp_path / "x.npz", {"images": 1})
+    assert not sample_folder.is_packed(tmp_path / "none.npz", {"images": 1})
+
+
+# --- what it costs
+
+
+def inside(steps: int, low: float, high: float) -> int:
+    """How many of Euler's times are in the interval, for the model of `runs`."""
+    times = time_grid(steps, 1.0)[:-1]
+    return int(((times >= low) & (times <= high)).sum())
+
+
+@pytest.mark.parametrize(
+    ("options", "calls", "passes", "guiding"),
+    [
+        ([], 7, 7, 0),
+        (["--grid", "calls"], 8, 8, 0),
+        (["--sampler", "heun"], 14, 14, 0),
+        (["--sampler", "euler-maruyama"], 8, 8, 0),  # and the last step
+        (["--cfg", 2], 7, 14, 0),
+        (["--cfg", 1], 7, 7, 0),
+        (["--cfg", 2, "--interval", 0.3, 0.8], 7, 7 + inside(8, 0.3, 0.8), 0),
+        (["--autoguidance", "SELF", 2, "--interval", 0.3, 0.8], 7, 7, inside(8, 0.3, 0.8)),
+    ],
+)
+def test_calls_and_passes_are_counted(runs, run, tmp_path, options, calls, passes, guiding):
+    assert 0 < inside(8, 0.3, 0.8) < 7
+    assert DiffusionModel.from_pretrained(runs / "dit").flow.shift == 1.0
+    options = [runs / "dit" if option == "SELF" else option for option in options]
+    output = run("sample", runs / "dit", "--num", 5, "--batch", 3, "--steps", 8, *options, "--out", tmp_path / "out")
+    done = job(tmp_path / "out")
+    assert (done["calls"], done["passes"], done["guiding_passes"]) == (calls, passes, guiding)
+    assert (done["images"], done["batch"], done["processes"]) == (5, 3, 1)
+    assert done["seconds"] > 0
+    assert f"for each {calls} calls of the sampler, passes: {passes} of the model" in output
+    assert ("of the guiding model" in output) == bool(guiding)
+
+
+def test_adaptive_steps_are_counted_too(runs, run, tmp_path):
+    run("sample", runs / "dit", "--num", 3, "--sampler", "dopri5", "--cfg", 2, "--out", tmp_path / "out")
+    done = job(tmp_path / "out")
+    assert done["calls"] >= 7
+    assert done["passes"] == 2 * done["calls"]
+
+
+def test_counting_leaves_no_trace(runs):
+    model = DiffusionModel.from_pretrained(runs / "dit")
+    with sample_folder.count_passes(model, CFG(2.0)) as counts:
+        model(torch.zeros(2, *model.latent_shape), torch.ones(2), torch.tensor([3, model.null_label]))
+        assert counts.tolist() == [1, 2, 0]
+    model(torch.zeros(1, *model.latent_shape), torch.ones(1), torch.tensor([3]))
+    assert counts.tolist() == [1, 2, 0]
+
+
+# --- what is said
+
+
+def test_what_will_be_done_is_said_first(runs, run, tmp_path):
+    options = ["--num", 12, "--steps", 3, "--cfg", 1.5, "--interval", 0.1, 0.9, "--batch", 8]
+    output = run("sample", runs / "dit", *options, "--out", tmp_path / "out")
+    assert (
+        "12 images, 1 to 2 of each of 10 classes; euler, 3 steps (grid: points); CFG 1.5 at t in [0.1, 0.9]; fp32 on "
+        "cpu, 1 process, 8 images at a time\n"
+    ) in output
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--cfg", 0.5], "--cfg 0.5 is below 1: it weakens, and leads towards no class; above 1 it guides."),
+        (["--cfg", -1], "--cfg -1 is below 1"),
+        (["--cfg", 1], "--cfg 1 is no guidance: the samples are those of the model alone"),
+        (["--cfg", 1.5], None),
+        (["--autoguidance", "SELF", 0.5], "--autoguidance 0.5 is below 1: it weakens, and leads towards the guiding"),
+        (["--autoguidance", "SELF", 1], "--autoguidance 1 is no guidance"),
+    ],
+)
+def test_guidance_that_does_not_guide_is_said(runs, run, tmp_path, options, said):
+    options = [runs / "dit" if option == "SELF" else option for option in options]
+    output = run("sample", runs / "dit", "--num", 1, "--steps", 2, *options, "--out", tmp_path / "out")
+    assert (said or "CFG 1.5") in output
+    assert (said is None) == ("above 1 it guides" not in output)
+
+
+def test_guidance_that_is_no_number(runs, refused, tmp_path):
+    for scale in ("nan", "inf"):
+        message = refused("sample", runs / "dit", "--cfg", scale, "--out", tmp_path / "out")
+        assert f"guidance scale {scale}: it must be a finite number" in message
+
+
+def test_overview_shows_the_first_by_class_and_is_no_sample(runs, run, tmp_path):
+    out = tmp_path / "out"
+    output = run("sample", runs / "dit", "--num", 70, "--labels", "7,1,4", "--steps", 2, "--out", out)
+    sheet, samples = np.asarray(Image.open(tmp_path / "out-overview.png")), pngs(out)
+    assert (sheet.shape, len(samples)) == ((8 * 16, 8 * 16, 3), 70)
+    order = [*range(1, 64, 3), *range(2, 64, 3), *range(0, 64, 3)]  # 21 ones, 21 fours, 22 sevens
+    tiles = sheet.reshape(8, 16, 8, 16, 3).swapaxes(1, 2).reshape(64, 16, 16, 3)
+    assert np.array_equal(tiles, samples[order])
+    rows = output.split("out-overview.png, row by row:\n")[1].splitlines()[:8]
+    assert rows[:3] == ["  1 x 8", "  1 x 8", "  1 x 5, 4 x 3"]
+    run("sample", runs / "dit", "--num", 10, "--steps", 2, "--out", tmp_path / "few")
+    assert np.asarray(Image.open(tmp_path / "few-overview.png"))[16:, 32:].min() == 255  # no eleventh
+
+
+# --- finding the autoencoder
+
+
+@pytest.fixture
+def moved(runs, tmp_path, monkeypatch) -> Path:
+    """runs/decoder and runs/dit, trained with relative paths and then moved to data/x; we are elsewhere."""
+    root = tmp_path / "data/x"
+    for name in ("decoder", "dit"):
+        shutil.copytree(runs / name, root / "runs" / name)
+    recipe = root / "runs/dit/recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(runs / "decoder"), "runs/decoder"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return root
+
+
+@pytest.mark.parametrize("part", ["", "latest", "checkpoints/000000024", "checkpoints/000000048/model"])
+def test_a_run_that_was_moved_finds_its_autoencoder(moved, run, part):
+    output = run("sample", moved / "runs/dit" / part, "--num", 1, "--steps", 2, "--out", "out")
+    assert f"autoencoder: {moved / 'runs/decoder'}\n" in output
+    os.chdir(moved / "runs/dit")
+    out = "../../../../elsewhere/out"
+    assert "nothing was missing" in run("sample", f"./{part}", "--num", 1, "--steps", 2, "--out", out)
+
+
+def test_an_autoencoder_of_another_latent_space_is_passed_over(moved, run, refused):
+    autoencoder = RAE.from_pretrained(moved / "runs/decoder")
+    RAE(autoencoder.encoder, autoencoder.decoder, None).save_pretrained("runs/decoder")
+    command = ["sample", moved / "runs/dit", "--num", 1, "--steps", 2, "--out", "out"]
+    output = run(*command)
+    assert "runs/decoder is not taken: the diffusion model was trained in latent space" in output
+    assert f"autoencoder: {moved / 'runs/decoder'}\n" in output
+    shutil.rmtree(moved / "runs/decoder")
+    assert "error: the diffusion model was trained in latent space" in refused(*command)
+    shutil.rmtree("runs/decoder")
+    assert "was trained with autoencoder 'runs/decoder', which is not here, nor in a folder above" in refused(*command)
