@@ -18,7 +18,6 @@ from rae.autoencoder.latents import add_noise
 from rae.autoencoder.rae import RAE
 from rae.commands.pictures import (
     Rounding,
-    aside,
     checksum,
     claim,
     is_there,
@@ -29,6 +28,7 @@ from rae.commands.pictures import (
 from rae.data.images import DataConfig, Views, loader, open_images, subset, to_bytes, to_tensor, to_unit
 from rae.data.order import noise_draws
 from rae.evaluation.reconstruction import WINDOW, psnr, ssim
+from rae.folders import aside
 from rae.processes import process_state
 from rae.training.display import progress
 

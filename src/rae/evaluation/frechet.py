@@ -20,7 +20,7 @@ class Moments:
         m2: sum of (f - mu)(f - mu)^T over the vectors [d,d] float64.
     """
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int) -> None:
         self.count = 0
         self.mean = torch.zeros(dim, dtype=torch.float64)
         self.m2 = torch.zeros(dim, dim, dtype=torch.float64)

@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rae.autoencoder.encoders import load_encoder
+from rae.autoencoder.encoders import Encoder, load_encoder
 from rae.config import Config, ConfigError
 from rae.data.order import augmentation_draws
 from rae.sources import SourceError, cache_folder
@@ -223,7 +223,7 @@ class Adversary:
         return diffaug(images, draws, cutout=own.cutout, gates=gates)
 
 
-def open_frozen(name: str, side: int):
+def open_frozen(name: str, side: int) -> Encoder:
     """The discriminator's frozen network; `name` as in `DiscriminatorConfig.features`."""
     try:
         if name.endswith(".pth"):
