@@ -1,10 +1,13 @@
-"""The encoder over a whole data set: exact latent statistics, and latents kept in memory."""
+"""The encoder over a whole data set: exact latent statistics, and latents kept in memory or on the disk."""
 
 import functools
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -18,9 +21,11 @@ from rae.autoencoder.latents import LatentStats
 from rae.autoencoder.rae import RAE
 from rae.config import ConfigError
 from rae.data.images import DataConfig, Images, Views, loader, readable, to_unit
+from rae.data.latent_cache import Origin, StoredLatents, open_cache
 from rae.data.order import image_index, mirrored
 from rae.training.display import progress
 
+T = TypeVar("T")
 Part = tuple[torch.Tensor, torch.Tensor, list[int]]  # latents [b,C,h,w], labels [b], positions in the stream
 Parts = Iterator[Part]  # the micro-batches of one step
 
@@ -82,10 +87,10 @@ class LatentCache(NamedTuple):
         return self.latents[view, index], self.labels[index]
 
 
-def check_crop(what: Literal["tokens", "latents"], data: DataConfig) -> None:
-    """Raise ConfigError unless `what` can be kept in memory: random crops have no end."""
+def check_crop(what: Literal["tokens", "latents"], data: DataConfig, kept: str = "memory") -> None:
+    """Raise ConfigError unless `what` can be kept in memory, or in the folder `kept`: random crops have no end."""
     if data.crop == "random":
-        raise ConfigError(f"{what}: memory holds each image once, data.crop: random never ends; set {what}: online.")
+        raise ConfigError(f"{what}: {kept} holds each image once, data.crop: random never ends; set {what}: online.")
 
 
 def cache_latents(rae: RAE, images: Images, data: DataConfig, *, batch: int = 64) -> LatentCache:
@@ -142,14 +147,52 @@ def _cache(
     return cache
 
 
+def origin_of(rae: RAE, images: Images, data: DataConfig) -> Origin:
+    """What decides the latents of a run or cache."""
+    return Origin(
+        latents=rae.latent_identity,
+        encoder=rae.encoder.checksum(),
+        images=images.identity,
+        class_names=images.class_names,
+        image_size=rae.image_size,
+        crop=data.crop,
+        enlarge=data.enlarge,
+    )
+
+
+def stored_latents(folder: str | Path, rae: RAE, images: Images, data: DataConfig) -> StoredLatents:
+    """The latents of a run, from a cache on the disk.
+
+    Raises:
+        ConfigError: random crops, which have no end; or its cache.json is damaged.
+        CacheError: there is no cache, it is damaged, or it is of another autoencoder or of other images.
+    """
+    check_crop("latents", data, str(folder))
+    return open_cache(folder).of_run(origin_of(rae, images, data), data)
+
+
 def cached_latents(
-    cache: LatentCache, batches: Iterable[range], seed: int, micro_batch: int, device: torch.device
+    cache: LatentCache | StoredLatents, batches: Iterable[range], seed: int, micro_batch: int, device: torch.device
 ) -> Iterator[Parts]:
-    """For each batch of stream positions: its parts of at most `micro_batch` latents. The same images and mirror
-    images as `online_latents`."""
-    for positions in batches:
-        parts = [positions[start : start + micro_batch] for start in range(0, len(positions), micro_batch)]
-        yield ((*(x.to(device) for x in cache.take(part, seed)), list(part)) for part in parts)
+    """For each batch of stream positions: its parts of at most `micro_batch` latents, each taken from the cache while
+    the one before it is in use. The same images and mirror images as `online_latents`."""
+    steps = ([batch[start : start + micro_batch] for start in range(0, len(batch), micro_batch)] for batch in batches)
+    steps, ahead = itertools.tee(steps)
+    taken = _ahead(functools.partial(cache.take, seed=seed), itertools.chain.from_iterable(ahead))
+    for parts in steps:
+        yield ((latents.to(device), labels.to(device), list(part)) for part, (latents, labels) in zip(parts, taken))
+
+
+def _ahead(take: Callable[[range], T], parts: Iterable[range]) -> Iterator[T]:
+    """`take` of each part; a thread takes the next one while this one is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = None
+        for part in parts:
+            now, coming = coming, thread.submit(take, part)
+            if now is not None:
+                yield now.result()
+        if coming is not None:
+            yield coming.result()
 
 
 def online_latents(rae: RAE, batches: Iterable[dict[str, torch.Tensor]], micro_batch: int) -> Iterator[Parts]:

@@ -1,0 +1,247 @@
+"""`rae cache`: the latents of every image, once, into a folder that training reads.
+
+images --Views--> [0,1] images --RAE.encode--> latents --store--> shards/00000.arrow, ... --> cache.json
+
+    partial.json          the settings, while shards are missing
+    shards/00000.json     of a shard that is written: its checksum and its part of the measured error
+"""
+
+import contextlib
+import fcntl
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from rae.autoencoder.rae import RAE
+from rae.config import read_json
+from rae.data.images import DataConfig, Views, loader, open_split, to_unit
+from rae.data.latent_format import (
+    CacheConfig,
+    CacheError,
+    CacheSettings,
+    Dtype,
+    Shard,
+    conclude,
+    differences,
+    empty_rows,
+    fill,
+    find_damage,
+    shard_bytes,
+    shard_path,
+    shard_rows,
+    store,
+    write_shard,
+)
+from rae.folders import aside, sha256
+from rae.processes import process_state
+from rae.training.display import progress
+from rae.training.latents import check_crop, origin_of
+
+
+@torch.no_grad()
+def write_cache(
+    model: str | Path,
+    data: DataConfig,
+    out: str | Path,
+    *,
+    dtype: Dtype = "fp16",
+    batch: int = 32,
+    verify: bool = False,
+) -> Path:
+    """`rae cache`: encode the training images of `data`, centre-cropped, and mirrored as well where `data.flip`.
+
+    The same command goes on where it was interrupted, writes shards of a finished cache anew that are missing or have
+    another size, and ends in the same bits. Processes that were started together share the shards.
+
+    Args:
+        model: autoencoder (folder, run or hub id).
+        data: which images, and how they are read; without those of `data.held_out`.
+        out: folder; made if it does not exist.
+        dtype: of the numbers stored; see `store`.
+        batch: images that are encoded at a time.
+        verify: take the SHA-256 of the shards that are there, and write damaged ones anew.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: random crops.
+        ImageError: an image that cannot be read, unless `data.on_broken` is "skip": the next one takes its place.
+        CacheError: the folder holds something else, or a cache of other settings; it is in use; the disk has too little
+            room; or latents do not fit the type.
+    """
+    out = Path(out)
+    check_crop("latents", data, str(out))
+    state, (images, _) = process_state(), open_split(data)
+    rae = RAE.from_pretrained(model).to(state.device)
+    settings = CacheSettings(
+        autoencoder=str(model),
+        origin=origin_of(rae, images, data),
+        dtype=dtype,
+        flip=data.flip,
+        shape=rae.latent_shape,
+        count=len(images),
+        shard_rows=shard_rows(rae.latent_shape, dtype, data.flip),
+    )
+    with contextlib.ExitStack() as stack:
+        if state.is_main_process:
+            stack.enter_context(_claim(out))
+            _begin(out, settings, verify)
+        state.wait_for_everyone()
+        if not (out / "cache.json").exists():
+            mine = range(state.process_index, len(settings.spans), state.num_processes)
+            missing = [number for number in mine if not _record(out, number).exists()]
+            _write_shards(missing, rae, Views(images, data, rae.image_size), settings, out, batch)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            _print(_finish(out, settings), out)
+        state.wait_for_everyone()
+    return out
+
+
+def _write_shards(numbers: list[int], rae: RAE, crops: Views, settings: CacheSettings, out: Path, batch: int) -> None:
+    """Encode and write these shards, each whole or not at all."""
+    names, device = crops.images.names, next(rae.parameters()).device
+    every = settings.spans
+    spans = [every[number] for number in numbers]
+    chunks = [[span[start : start + batch] for start in range(0, len(span), batch)] for span in spans]
+    batches = loader(crops, [chunk for of_span in chunks for chunk in of_span], crops.config)
+    with progress("encoding", sum(map(len, spans))) as advance:
+        done = 0
+        for number, span, of_span in zip(numbers, spans, chunks):
+            columns, signal, error, unreadable = empty_rows(settings, len(span)), 0.0, 0.0, []
+            for chunk, items in zip(of_span, batches):
+                rows = slice(chunk.start - span.start, chunk.stop - span.start)
+                columns["label"][rows] = items["label"]
+                unreadable += [names[i] for i, read in zip(chunk, items["index"].tolist()) if i != read]
+                x = to_unit(items["image"].to(device))
+                for view in settings.views:
+                    z = rae.encode(x.flip(-1) if view == "mirrored" else x)
+                    stored = store(z, settings.dtype)
+                    lost = (stored.to(z.device) - z).square().flatten(1).mean(1)
+                    _check_finite(lost, z, [names[i] for i in chunk], settings.dtype)
+                    signal += z.square().flatten(1).mean(1).double().sum().item()
+                    error += lost.double().sum().item()
+                    fill(columns, view, rows, stored)
+                done += len(chunk)
+                advance(done)
+            with aside(shard_path(out, number), durable=True) as hidden:
+                write_shard(hidden, settings, columns)
+                size, checksum = hidden.stat().st_size, sha256(hidden)
+            shard = Shard(bytes=size, sha256=checksum, signal=signal, error=error, unreadable=unreadable)
+            _write(_record(out, number), shard)
+
+
+def _check_finite(lost: torch.Tensor, z: torch.Tensor, names: list[str], dtype: Dtype) -> None:
+    for name, finite, largest in zip(names, lost.isfinite().tolist(), z.abs().amax((1, 2, 3)).tolist()):
+        if not finite:
+            raise CacheError(
+                f"{name}: its latents, up to {largest:.4g}, cannot be stored as {dtype}"
+                + ("; bf16 has the range of float32." if dtype == "fp16" else ".")
+            )
+
+
+# --- the folder ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _claim(folder: Path) -> Iterator[None]:
+    """Make and lock the folder; the lock goes with the process, however it ends."""
+    if folder.exists() and not folder.is_dir():
+        raise CacheError(f"{folder} is a file; give a folder.")
+    is_cache = any((folder / name).is_file() for name in ("partial.json", "cache.json"))
+    if not is_cache and folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise CacheError(f"{folder} is not empty, and no latent cache; give a new folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CacheError(f"another process is writing {folder}; wait for it, or give another folder.") from error
+        yield
+
+
+def _begin(folder: Path, settings: CacheSettings, verify: bool) -> None:
+    """Refuse a cache of other settings; forget shards that are gone or damaged; see that there is room for the rest.
+
+    Afterwards a shard that is not to be written has a record, or there is a whole cache.json.
+    """
+    whole = (folder / "cache.json").is_file() and read_json(CacheConfig, folder / "cache.json")
+    begun = whole or ((folder / "partial.json").is_file() and read_json(CacheSettings, folder / "partial.json"))
+    if begun and (different := differences(begun.deciding(), settings.deciding())):
+        raise CacheError(
+            f"{folder} was begun with other settings:\n{different}\nAsk for the same, or give another folder."
+        )
+    spans = settings.spans
+    records = {n: read_json(Shard, _record(folder, n)) for n in range(len(spans)) if _record(folder, n).is_file()}
+    shards = dict(enumerate(whole.shards)) | records if whole else records
+    show = progress("checking", settings.count) if verify else contextlib.nullcontext(lambda _: None)
+    with show as advance:
+        for n in list(shards):
+            if damage := find_damage(shard_path(folder, n), shards[n], verify=verify):
+                Console(stderr=True).print(Text(f"{damage}; it is written anew", "yellow"), soft_wrap=True)
+                del shards[n]
+                _record(folder, n).unlink(missing_ok=True)
+            advance(spans[n].stop)
+    if whole and len(shards) == len(spans):
+        return
+    needed = sum(shard_bytes(settings, len(span)) for n, span in enumerate(spans) if n not in shards)
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise CacheError(
+            f"{folder} needs {decimal(needed)} for {len(spans) - len(shards):,} shards of {settings.dtype}, "
+            f"{decimal(free)} are free: make room, give a folder elsewhere, or take a smaller type (int8)."
+        )
+    (folder / "shards").mkdir(exist_ok=True)
+    for hidden in (folder / "shards").glob(".*"):
+        hidden.unlink()  # of a writer that was killed
+    if whole:
+        for n, shard in shards.items():
+            _write(_record(folder, n), shard)
+    _write(folder / "partial.json", settings)
+    (folder / "cache.json").unlink(missing_ok=True)
+
+
+def _finish(folder: Path, settings: CacheSettings) -> CacheConfig:
+    """Write cache.json, unless it is there, and take away what told of single shards."""
+    if not (folder / "cache.json").is_file():
+        shards = [read_json(Shard, _record(folder, n)) for n in range(len(settings.spans))]
+        _write(folder / "cache.json", conclude(settings, shards))
+    (folder / "partial.json").unlink(missing_ok=True)
+    for record in (folder / "shards").glob("*.json"):
+        record.unlink()
+    return read_json(CacheConfig, folder / "cache.json")
+
+
+def _record(folder: Path, number: int) -> Path:
+    return shard_path(folder, number).with_suffix(".json")
+
+
+def _write(path: Path, config: Shard | CacheSettings) -> None:
+    with aside(path, durable=True) as hidden:
+        hidden.write_text(config.model_dump_json(indent=1) + "\n")
+
+
+def _print(config: CacheConfig, folder: Path) -> None:
+    for name in (name for shard in config.shards for name in shard.unreadable):
+        text = Text(f"{name} cannot be read; the next image takes its place", "yellow")
+        Console(stderr=True).print(text, soft_wrap=True)
+    size = decimal(sum(shard.bytes for shard in config.shards))
+    exact = config.snr is None
+    rows = {
+        "images": f"{config.count:,}" + ", and mirrored" * config.flip,
+        "latents (C, h, w)": str(config.shape),
+        "stored as": f"{config.dtype}, {size}, shards: {len(config.shards):,}",
+        "signal to error": "nothing lost" if exact else f"{config.snr:.1f} dB",
+        "added to the loss": "nothing" if exact else f"{config.error:.2g} per element",
+        "written": Text(str(folder)),
+    }
+    table = Table(show_header=False)
+    for row in rows.items():
+        table.add_row(*row)
+    Console().print(table)
