@@ -116,7 +116,7 @@ def test_several_things_at_once_are_all_said():
 
 @pytest.mark.parametrize(
     ("steps", "warmup", "expected"),
-    [(100_000, 0, 1000), (100_000, 5000, 5000), (600, 30, 300), (1, 0, 0)],
+    [(100_000, 0, 1000), (100_000, 5000, 5000), (600, 30, 300), (1, 0, 100)],
 )
 def test_patience_is_the_warm_up_and_a_thousand_steps_or_half_the_run(steps, warmup, expected):
     assert patience(steps, warmup) == expected

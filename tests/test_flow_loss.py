@@ -115,7 +115,7 @@ def test_width_bound_is_what_the_best_map_of_that_rank_leaves(prediction, width)
     plane = components[:width]
     left = (centred - centred @ plane.T @ plane).square().mean().item()
     bound = width_bound(x.T.cov(correction=0), width, prediction)
-    assert bound == pytest.approx(left, rel=0.01)
+    assert bound == pytest.approx(left, rel=0.02)
     other = torch.linalg.qr(draw(n, width, seed=4)).Q.T  # another plane leaves no less
     assert (centred - centred @ other.T @ other).square().mean() >= left
 

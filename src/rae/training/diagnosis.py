@@ -12,7 +12,7 @@ from rae.evaluation.flow_loss import LatentMoments, mean_trivial_loss, width_bou
 from rae.training.optim import OptimizerConfig
 
 LOOK = 64  # latents that settings are judged by
-PATIENCE = 1000  # steps, or half of a shorter run, before a loss is judged
+SOON, PATIENCE = 100, 1000  # steps, fewest and usual, before a loss is judged
 LAG = 1.1  # times the online weights' held-out loss: an average that has this much lags behind
 LARGE_STEP = 0.3  # of a weight's first size
 
@@ -47,9 +47,9 @@ def check_settings(
 
 
 def patience(steps: int, warmup: int) -> int:
-    """Steps after which the training loss must be below the trivial predictor's: the warm-up, and 1,000 or half the
-    run."""
-    return max(warmup, min(PATIENCE, steps // 2))
+    """Steps after which the training loss must be below the trivial predictor's: 1,000 or half of a shorter run, never
+    fewer than 100, and not before the end of the warm-up."""
+    return max(warmup, min(PATIENCE, steps // 2), SOON)
 
 
 def trivial_warning(loss: float, trivial: float, *, step: int, bound: float = 0.0) -> str | None:
@@ -65,7 +65,7 @@ def trivial_warning(loss: float, trivial: float, *, step: int, bound: float = 0.
         return None
     remedy = (
         "Lower optim.lr or lengthen optim.warmup if the loss has risen or stands still, raise optim.lr if it falls too "
-        "slowly to see; make sure that the autoencoder has statistics. Samples of such a model are noise."
+        "slowly to see; make sure that the autoencoder has statistics."
     )
     if bound > 0.8 * trivial:
         remedy = (
@@ -74,7 +74,7 @@ def trivial_warning(loss: float, trivial: float, *, step: int, bound: float = 0.
         )
     return (
         f"after {step:,} steps the loss is {loss:.4g}, and a linear guess that looks at each number of the latents by "
-        f"itself has {trivial:.4g}: nothing is learnt yet.\n{remedy}"
+        f"itself has {trivial:.4g}: nothing is learnt yet, samples will be noise.\n{remedy}"
     )
 
 
