@@ -167,6 +167,105 @@ def test_what_it_knows_of_itself():
     assert model.label_indices(["bird", "cat"]).tolist() == model.label_indices(torch.tensor([2, 0])).tolist() == [2, 0]
 
 
+# --- starting from another model -------------------------------------------------------------------------------------
+
+
+def another(network: str = "dit", names: tuple[str, ...] | None = ("cat", "dog", "bird"), **changes):
+    """A fresh model of other classes or grid."""
+    settings = {"num_classes": len(names or ())} | changes
+    shift, identity = settings.pop("shift", 1.7), settings.pop("latent_identity", "0123456789abcdef")
+    prediction = settings.pop("prediction", "v")
+    torch.manual_seed(4)
+    return DiffusionModel(
+        DiffusionModelConfig(
+            network=type(NETWORKS[network])(**NETWORKS[network].model_dump() | settings),
+            flow=Flow(shift=shift, prediction=prediction),
+            latent_identity=identity,
+            class_names=names,
+        )
+    )
+
+
+@pytest.mark.parametrize("network", ["dit", "dit-dh"])
+def test_the_same_model_is_taken_over_whole(network):
+    model, other = another(network), make(network)
+    assert model.start_from(other) == ["3 of 3 classes are known by name"]
+    state = other.network.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.network.state_dict().items())
+
+
+def test_classes_keep_their_embeddings_by_name_and_new_ones_begin_as_the_null_class():
+    model, other = another(names=("fox", "dog", "cat", "owl")), make()
+    assert model.start_from(other) == ["2 of 4 classes are known by name, the others begin as its null class"]
+    assert torch.equal(model.network.labels.weight, other.network.labels.weight[[3, 1, 0, 3, 3]])
+    x, t, _ = inputs(other)
+    with torch.no_grad():
+        cat, null = torch.tensor([2, 4]), torch.tensor([0, 3])
+        assert torch.equal(model(x, t, cat), other(x, t, null))  # cat and no class, as each of them numbers them
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "said"),
+    [
+        ({"names": None, "num_classes": 3}, [0, 1, 2, 3], "taken by number, since one of the models has no names"),
+        ({"names": None, "num_classes": 2}, [3, 3, 3], "for its 3 classes these 2 begin as its null class"),
+        ({"names": None}, [3], "its 3 classes are left out, and its null class is taken"),
+    ],
+)
+def test_classes_without_names(changes, rows, said):
+    model, other = another(**changes), make()
+    assert said in model.start_from(other)[0]
+    assert torch.equal(model.network.labels.weight, other.network.labels.weight[rows])
+
+
+def test_a_null_class_that_was_never_trained_is_said():
+    other = make()
+    other.config = other.config.model_copy(update={"drop_labels": 0.0})
+    assert another(names=("fox",)).start_from(other)[0].endswith("begin as its null class, which was never trained")
+
+
+def test_another_resolution_resizes_positions_and_nothing_else():
+    other = make("dit-dh")
+    ramp = torch.arange(3).repeat(2)[:, None].expand(6, 16).float()  # the number of the column, in a grid of 2 x 3
+    other.network.position.data = ramp.clone()
+    model = another("dit-dh", grid=(4, 6), shift=2.4, latent_identity="fedcba9876543210")
+    assert model.start_from(other) == [
+        "the latent space (encoder, image size, latent statistics) is another: 0123456789ab -> fedcba987654",
+        "the shift of the times is another: 1.7 -> 2.4",
+        "positions are resized: (2, 3) -> (4, 6) tokens",
+        "3 of 3 classes are known by name",
+    ]
+    table = model.network.position.view(4, 6, 16)
+    assert torch.equal(table, table[:1, :, :1].expand(4, 6, 16))  # still the same in every row and channel
+    # at columns 0.75 and 1.25 of 0, 1, 2: w(d) = 1.25 d^3 - 2.25 d^2 + 1, and -0.75 (d^3 - 5 d^2 + 8 d - 4) beyond 1
+    assert table[0, 2:4, 0].tolist() == pytest.approx([0.66796875, 1.33203125])
+    state = other.network.state_dict()
+    for name, value in model.network.state_dict().items():
+        assert name == "position" or torch.equal(value, state[name]), name
+    fresh = another("dit-dh", grid=(4, 6))
+    assert torch.equal(model.network.rotary, fresh.network.rotary)
+    assert model(*inputs(model)).shape == (2, 6, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("network", "changes", "message"),
+    [
+        ("dit-dh", {}, "a network of kind dit-dh cannot start from one of dit; take network.kind=dit"),
+        ("dit", {"width": 32}, r"of width 32 cannot start from one of 16; take network.size=\[16,2,1\]"),
+        ("dit", {"depth": 2}, r"of depth 2 cannot start from one of 1; take network.size=\[16,2,1\]"),
+        ("dit", {"in_channels": 4}, "of in_channels 4 cannot start from one of 6; take an autoencoder with as many"),
+        ("dit", {"qk_norm": True}, "of qk_norm True cannot start from one of False; take network.qk_norm=False"),
+        ("dit", {"prediction": "x"}, "predicts x cannot start from one that predicts v; take flow.prediction=v"),
+    ],
+)
+def test_networks_that_are_not_alike_are_refused(network, changes, message):
+    model = another(network, **changes)
+    before = {name: value.clone() for name, value in model.network.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        model.start_from(make("dit"))
+    assert all(torch.equal(value, before[name]) for name, value in model.network.state_dict().items())
+
+
 # --- files that are not such a model ---------------------------------------------------------------------------------
 
 

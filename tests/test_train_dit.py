@@ -173,6 +173,63 @@ def test_cached_parts_follow_the_stream(rae):
     assert first[1].tolist() == [images.labels[image_index(p, len(images), 3)] for p in (5, 6, 7)]
 
 
+def first_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """What a run of one step began with: EMA = 0.9 first + 0.1 weights."""
+    ema = DiffusionModel.from_pretrained(folder).network.state_dict()
+    online = load_file(folder / "checkpoints/000000008/train/weights.safetensors")
+    return {name: (value - 0.1 * online[name]) / 0.9 for name, value in ema.items()}
+
+
+@pytest.fixture(scope="module")
+def pretrained(rae, tmp_path_factory) -> Path:
+    return train_dit(dit_recipe(rae, run__duration="4st"), tmp_path_factory.mktemp("stage2") / "run")
+
+
+def test_a_run_begins_with_the_averaged_weights_of_another_for_other_classes(rae, pretrained, tmp_path, capsys):
+    for name in ("7", "cup"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (16, 16), (40 * i, 0, 0)).save(tmp_path / f"images/{name}/{i}.png")
+    source = tmp_path / "source"
+    source.symlink_to(pretrained)
+    changes = {"network__init": str(source), "data__source": str(tmp_path / "images"), "data__held_out": 0.25}
+    folder = train_dit(dit_recipe(rae, **changes, run__duration="1st"), tmp_path / "run")
+    said = "1 of 2 classes are known by name, the others begin as its null class"
+    assert f"the model starts from {source}; {said}" in capsys.readouterr().err
+    assert DiffusionModel.from_pretrained(folder).config.class_names == ("7", "cup")
+    expected = DiffusionModel.from_pretrained(pretrained).network.state_dict()
+    expected["labels.weight"] = expected["labels.weight"][[7, 10, 10]]
+    for name, value in first_weights(folder).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+    source.unlink()
+    train_dit(dit_recipe(rae, **changes, run__duration="2st"), folder)  # a resumed run does not begin again
+    assert "starts from" not in capsys.readouterr().err
+
+
+def test_a_run_begins_with_another_s_weights_at_a_higher_resolution(rae, pretrained, tmp_path, capsys):
+    larger = {"encoder__image_size": (32, 32), "run__duration": "2st"}
+    autoencoder = train_decoder(decoder_recipe(save_encoder(tmp_path / "encoder"), **larger), tmp_path / "rae")
+    changes = {"network__init": str(pretrained), "run__duration": "1st", "flow__shift_base": 32}
+    folder = train_dit(dit_recipe(autoencoder, **changes), tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "the latent space (encoder, image size, latent statistics) is another" in said
+    assert "the shift of the times is another: 1 -> 2.828; positions are resized: (2, 2) -> (4, 4) tokens" in said
+    expected = DiffusionModel.from_pretrained(pretrained).network.state_dict()
+    for name, value in first_weights(folder).items():
+        if name != "position":
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_models_that_cannot_be_started_from(rae, pretrained, tmp_path):
+    wider = dit_recipe(rae, network__init=str(pretrained), network__size=(32, 2, 1))
+    with pytest.raises(
+        ConfigError, match=r"network\.init: .*width 32 cannot start from one of 16; take network\.size="
+    ):
+        train_dit(wider, tmp_path / "wider")
+    with pytest.raises(ConfigError, match=r"network\.init: .*holds the autoencoder that `rae train-decoder` makes"):
+        train_dit(dit_recipe(rae, network__init=str(rae)), tmp_path / "rae")
+
+
 def test_images_without_classes_make_an_unconditional_model(rae, tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(4):

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import pydantic
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rae.config import Config, read_json
@@ -140,6 +141,39 @@ class DiffusionModel(nn.Module):
                 f"{first[1]!r}; guide with a model trained on the same classes."
             )
 
+    @torch.no_grad()
+    def start_from(self, other: "DiffusionModel") -> list[str]:
+        """Take over another model's weights, for other classes, another resolution or another latent space.
+
+        The networks must be alike but for grid and classes. Positions are resized bicubically to this grid. A class
+        takes the embedding of the class of its name; where one of the models has no names, of its number if there are
+        as many. A class that the other model does not know begins as that one's null class.
+
+        Returns:
+            What was not taken over as it is, in words.
+
+        Raises:
+            ValueError: networks of another kind, size or prediction, with what to write in a recipe.
+        """
+        mine, theirs, said = self.config, other.config, []
+        _check_alike(mine, theirs)
+        state = other.network.state_dict()
+        if mine.latent_identity != theirs.latent_identity:
+            spaces = (str(identity)[:12] for identity in (theirs.latent_identity, mine.latent_identity))
+            said.append(f"the latent space (encoder, image size, latent statistics) is another: {' -> '.join(spaces)}")
+        if mine.flow.shift != theirs.flow.shift:
+            said.append(f"the shift of the times is another: {theirs.flow.shift:.4g} -> {mine.flow.shift:.4g}")
+        old, new = theirs.network.token_grid, mine.network.token_grid
+        if old != new:
+            table = state["position"].unflatten(0, old).permute(2, 0, 1)[None]  # [h w, W] -> [1,W,h,w]
+            table = F.interpolate(table, new, mode="bicubic", align_corners=False)
+            state["position"] = table[0].permute(1, 2, 0).flatten(0, 1)
+            said.append(f"positions are resized: {old} -> {new} tokens")
+        rows, how = _same_classes(mine, theirs)
+        state["labels.weight"] = state["labels.weight"][rows]
+        self.network.load_state_dict(state)
+        return said + how
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors`: aside first, then renamed.
 
@@ -182,3 +216,45 @@ class DiffusionModel(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"{folder / WEIGHTS} does not fit its config.json: {error}") from error
         return model.requires_grad_(False)
+
+
+# --- starting from another model -------------------------------------------------------------------------------------
+
+
+def _check_alike(mine: DiffusionModelConfig, theirs: DiffusionModelConfig) -> None:
+    """Raise ValueError unless the weights of one network mean the same in the other, but for grid and classes."""
+    if mine.flow.prediction != theirs.flow.prediction:
+        raise ValueError(
+            f"a model that predicts {mine.flow.prediction} cannot start from one that predicts "
+            f"{theirs.flow.prediction}; take flow.prediction={theirs.flow.prediction}."
+        )
+    found = theirs.network.model_dump()
+    keys = {
+        **dict.fromkeys(("width", "heads", "depth"), "size=[{width},{heads},{depth}]"),
+        **dict.fromkeys(("head_width", "head_heads", "head_depth"), "head=[{head_width},{head_heads},{head_depth}]"),
+    }
+    for name, wanted in mine.network.model_dump(exclude={"grid", "num_classes", "allow_narrow"}).items():
+        if wanted != found[name]:
+            remedy = "take network." + keys.get(name, f"{name}={{{name}}}").format(**found)
+            if name == "in_channels":
+                remedy = "take an autoencoder with as many channels, or begin anew"
+            raise ValueError(f"a network of {name} {wanted} cannot start from one of {found[name]}; {remedy}.")
+
+
+def _same_classes(mine: DiffusionModelConfig, theirs: DiffusionModelConfig) -> tuple[list[int], list[str]]:
+    """The row of the other's label table that each of this one's begins as, the null class last; in words."""
+    count, null = mine.network.num_classes, theirs.network.num_classes
+    untrained = ", which was never trained" * (theirs.drop_labels == 0)
+    if mine.class_names and theirs.class_names:
+        numbers = {name: number for number, name in enumerate(theirs.class_names)}
+        rows = [numbers.get(name, null) for name in mine.class_names]
+        how = f"{count - rows.count(null)} of {count} classes are known by name"
+        if null in rows:
+            how += f", the others begin as its null class{untrained}"
+    elif count == null:
+        rows, how = list(range(count)), "classes are taken by number, since one of the models has no names for them"
+    elif not count:
+        rows, how = [], f"its {null} classes are left out, and its null class is taken{untrained}"
+    else:
+        rows, how = [null] * count, f"for its {null} classes these {count} begin as its null class{untrained}"
+    return [*rows, null], [how] if count or null else []

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from rae.autoencoder.rae import RAE
-from rae.config import Config, parse
+from rae.config import Config, ConfigError, parse
 from rae.data.images import DataConfig, Images, Stream, loader, open_split, readable, to_unit
 from rae.data.order import noise_draws
 from rae.diffusion.dit import DIT_SIZES, HEAD_SIZE
@@ -40,6 +40,7 @@ class NetworkConfig(Config):
     qk_norm: bool = False
     unconditional: bool = False  # leave the classes of the images alone
     allow_narrow: bool = False  # narrower than the latents have channels, against Theorem 1
+    init: str | None = None  # model (folder or hub id) whose weights this one starts from; None = begin anew
 
     def describe(self, shape: tuple[int, int, int], num_classes: int) -> dict[str, Any]:
         """The `DiTConfig` or `DiTDHConfig` for latents (C, h, w), as data."""
@@ -134,7 +135,10 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
 
         # --- construct ------------------------------------------------------------------------------------------------
         torch.manual_seed(recipe.seed)
-        model = DiffusionModel(config, dtype=DTYPES[recipe.run.precision]).to(device)
+        model = DiffusionModel(config, dtype=DTYPES[recipe.run.precision])
+        if recipe.network.init and not run.checkpoint:
+            _start_from(model, recipe.network.init, run)
+        model.to(device)
         flow = model.flow
         averages = {name: make_ema(model) for name in _folders(recipe.optim.ema)}
         ema = averages["model"]
@@ -213,6 +217,14 @@ def _describe(recipe: DiTRecipe, rae: RAE, class_names: list[str] | None) -> Dif
         "drop_labels": recipe.drop_labels if class_names else None,
     }
     return parse(DiffusionModelConfig, data, "the model that network and flow of the recipe describe")
+
+
+def _start_from(model: DiffusionModel, source: str, run: Run) -> None:
+    try:
+        changes = model.start_from(DiffusionModel.from_pretrained(source))
+    except ValueError as error:
+        raise ConfigError(f"network.init: {error}") from error
+    run.warn("; ".join([f"the model starts from {source}", *changes]))
 
 
 def _folders(decays: tuple[float, ...]) -> list[str]:
