@@ -79,7 +79,9 @@ def test_durations_are_in_order(path):
         name: in_images(duration, total=total, **convert)
         for name, duration in (("warmup", recipe.optim.warmup), ("decay_end", recipe.optim.decay_end))
     }
-    assert at["warmup"] < at["decay_end"] <= total
+    assert at["warmup"] < at["decay_end"]
+    if path.parent.name != "stage2":  # whose rows are stages of one long schedule
+        assert at["decay_end"] <= total
     if isinstance(recipe, DecoderRecipe) and (adversarial := recipe.loss.adversarial):
         perceptual, discriminator = recipe.loss.perceptual, adversarial.discriminator
         starts = [in_images(part.start, total=total, **convert) for part in (perceptual, discriminator, adversarial)]
@@ -92,9 +94,8 @@ def test_header_says_command_and_what_came_of_it(path):
     text, name = header(path), path.relative_to(ROOT).as_posix()
     command = "train-decoder" if isinstance(load(path), DecoderRecipe) else "train-dit"
     assert re.search(rf"rae {command} {re.escape(name)} .*--out runs/", text)
-    for word in (
-        ("Paper: arXiv 2510.11690", "Cost:", "Memory:", "Differs", "Run:") if path in PUBLISHED else ("Measured",)
-    ):
+    published = path.parent.name in ("stage1", "stage2")
+    for word in ("Paper: arXiv 2510.11690", "Cost:", "Memory:", "Differs", "Run:") if published else ("Measured",):
         assert word in text
 
 
