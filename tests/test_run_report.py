@@ -34,16 +34,20 @@ def change_recipe(run: Path, **changes) -> None:
 
 
 def change_state(run: Path, change: Callable[[dict], None]) -> None:
-    """state.json of the newest checkpoint, and its manifest, as if it had been written so."""
-    newest = sorted((run / "checkpoints").iterdir())[-1]
-    path = newest / "train/state.json"
+    """state.json of the newest checkpoint, as if it had been written so."""
+    path = run / "checkpoints/000000048/train/state.json"
     state = json.loads(path.read_text())
     change(state)
-    path.write_text(json.dumps(state))
-    manifest = json.loads((newest / "manifest.json").read_text())
-    text = path.read_bytes()
-    manifest["files"]["train/state.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
-    (newest / "manifest.json").write_text(json.dumps(manifest))
+    rewrite(path, json.dumps(state))
+
+
+def rewrite(path: Path, text: str) -> None:
+    """A file of a checkpoint, and what the manifest says of it."""
+    path.write_text(text)
+    manifest = json.loads((path.parents[1] / "manifest.json").read_text())
+    fingerprint = {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    manifest["files"][f"{path.parent.name}/{path.name}"] = fingerprint
+    (path.parents[1] / "manifest.json").write_text(json.dumps(manifest))
 
 
 def write_log(run: Path, lines: list[dict]) -> None:
@@ -179,6 +183,11 @@ def cut(path: Path) -> None:
             "latest names checkpoint 000000024, and 000000048 is newer",
             "The same command sets it right",
         ),
+        (
+            lambda run: shutil.copytree(run / "checkpoints/000000024", run / "kept/000000032").joinpath("x").touch(),
+            "kept/000000032/x is not part of the checkpoint",
+            "Only a new run makes this model again",
+        ),
         (lambda run: (run / "best").write_text("gone"), "best names checkpoint 'gone'", "Remove it: rm"),
         (lambda run: (run / "log.jsonl").unlink(), "log.jsonl is missing or empty after 48 images", "lost"),
         (
@@ -284,11 +293,28 @@ def test_latent_identity_is_read_without_weights(runs):
 
 def test_an_autoencoder_that_is_gone(dit):
     change_recipe(dit, rae=str(dit / "gone"))
-    finding = only(dit)
-    assert "its autoencoder cannot be read" in finding
-    assert "--autoencoder FOLDER" in finding
+    assert re.search(r"its autoencoder .*gone is not here.*\n.*--autoencoder FOLDER", only(dit))
+    (dit / "gone").mkdir()
+    (dit / "gone/config.json").write_text("{}")
+    assert re.search(r"its autoencoder .*gone cannot be read: .*config.json does not fit", only(dit))
     change_recipe(dit, rae="someone/on-the-hub")
-    assert found(dit) == []  # nothing is fetched
+    assert "is not here, nor was it downloaded from the hub" in only(dit)
+
+
+def test_an_autoencoder_that_moved_together_with_the_run(dit, runs, monkeypatch):
+    change_recipe(dit, rae="models/decoder")
+    assert "its autoencoder models/decoder is not here" in only(dit)
+    (dit.parent / "models").mkdir()
+    (dit.parent / "models/decoder").symlink_to(runs / "decoder")
+    assert found(dit) == []
+
+
+def test_an_autoencoder_that_was_downloaded(dit, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *name: asked.append(name) or str(tmp_path))
+    change_recipe(dit, rae="hub:someone/on-the-hub")
+    assert found(dit) == []
+    assert asked == [("someone/on-the-hub", "config.json")]
 
 
 def test_an_autoencoder_that_is_another_one_now(dit, runs, tmp_path):
@@ -299,6 +325,14 @@ def test_an_autoencoder_that_is_another_one_now(dit, runs, tmp_path):
     assert "is another one now" in finding
     assert RAE.from_pretrained(runs / "decoder").latent_identity[:12] in finding
     assert RAE.from_pretrained(other).latent_identity[:12] in finding
+
+
+def test_an_encoder_that_is_gone(decoder):
+    model = decoder / "checkpoints/000000048/model/config.json"
+    config = json.loads(model.read_text())
+    config["encoder"]["source"] = f"folder:{decoder / 'gone'}"
+    rewrite(model, json.dumps(config))
+    assert re.search(r"its encoder is not here: .*gone.\n.*encoder.name=FOLDER", only(decoder))
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------

