@@ -63,7 +63,7 @@ class Stored(NamedTuple):
 def store(z: Tensor, dtype: Dtype) -> Stored:
     """fp16, bf16: z, rounded.  int8: q = round(z / s),  s = max |z| / 127 over the positions of one latent's channel.
 
-    The largest error is 2^-11 |z| of fp16 (from 6e-5 up; up to 65,504), 2^-9 |z| of bf16, s / 2 of int8. The scale is
+    The largest error is 2^-11 |z| of fp16 (from 6e-5 to 65,504), 2^-8 |z| of bf16, s / 2 of int8. The scale is
     the latent's own, so that nothing has to be known of the others; it is float32: as float16 it would save 0.8 %.
 
     Args:
