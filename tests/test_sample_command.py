@@ -5,6 +5,7 @@ What `generate` itself does is in test_generate.py, bad input in test_bad_input.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -152,6 +153,14 @@ def test_another_batch_size_changes_rounding_alone(whole, runs, run, tmp_path):
     assert not torch.isclose(latents(whole), latents(many), atol=1e-3).all()  # so that equal bits mean something above
 
 
+def test_a_change_of_batch_size_is_said(runs, run, tmp_path):
+    command = ["sample", runs / "dit", "--steps", 2, "--out", tmp_path / "out"]
+    assert "at a time, the others" not in run(*command, "--num", 4, "--batch", 2)
+    said = "what is there was made 2 images at a time, the others are made 3 at a time: the same up to rounding"
+    assert said in run(*command, "--num", 6, "--batch", 3)
+    assert "at a time, the others" not in run(*command, "--num", 6, "--batch", 2)  # nothing was missing
+
+
 # --- labels
 
 
@@ -205,6 +214,19 @@ def test_latents_decode_to_the_images(whole, runs):
     assert (kept.shape, kept.dtype) == ((10, *autoencoder.latent_shape), torch.float32)
     decoded = torch.cat([to_bytes(autoencoder.decode(z)) for z in kept.split(4)])
     assert np.array_equal(decoded.permute(0, 2, 3, 1).numpy(), pngs(whole))
+
+
+def test_python_of_the_page_runs(whole, runs, tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs/sampling.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/decoder").symlink_to(runs / "decoder")
+    (tmp_path / "samples").symlink_to(whole)
+    names = {}
+    exec(code, names)
+    assert torch.equal(names["latents"], latents(whole)[:8])
+    assert np.array_equal(to_bytes(names["images"])[3].permute(1, 2, 0).numpy(), pngs(whole)[3])
 
 
 def test_latents_may_be_added_and_not_left_out(whole, coupled, runs, run, refused, tmp_path):

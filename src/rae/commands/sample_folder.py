@@ -131,13 +131,12 @@ def write_samples(
     def is_whole(chunk: range) -> bool:
         return all(is_there(file) for i in chunk for file in files_of(folder, i, keep_latents))
 
-    jobs, missing = [], False
+    console = Console(stderr=True, quiet=not state.is_main_process)
+    before, job = [], None
     if state.is_main_process:
-        jobs, missing = _jobs(folder), not all(map(is_whole, chunks))
-        if missing:
-            jobs += [{"batch": batch, "processes": state.num_processes, "device": str(model.device)}]
-        # image i needs no other one
-        claim(folder, PROTOCOL, protocol | {"jobs": jobs}, grows=("images", "labels", "latents_kept", "jobs"))
+        if not all(map(is_whole, chunks)):
+            job = {"batch": batch, "processes": state.num_processes, "device": str(model.device)}
+        before = _claim(folder, protocol, job, console)
         if keep_latents:
             (folder / latent_name(0)).parent.mkdir(exist_ok=True)
     state.wait_for_everyone()
@@ -149,7 +148,6 @@ def write_samples(
     wanted = [i for chunk in chunks for i in chunk]
     chosen = [labels[i] for i in wanted] if conditional else None
     written, total = 0, sum(map(len, mine))
-    console = Console(stderr=True, quiet=not state.is_main_process)
     try:
         with (
             count_passes(model, settings["guidance"]) as passes,
@@ -172,21 +170,34 @@ def write_samples(
         ) from None
     counts = torch.tensor([written, len(wanted)], device=passes.device)
     counts = reduce(torch.cat([counts, passes]), reduction="sum").tolist()  # over all processes, which end here
-    if not missing:
+    if job is None:
         return None
     written, computed, *passes = counts
-    jobs[-1] |= {"images": written, "computed": computed, "seconds": round(time.perf_counter() - begun, 3)}
-    jobs[-1] |= dict(zip(("calls", "passes", "guiding_passes"), (count / computed for count in passes)))
+    job |= {"images": written, "computed": computed, "seconds": round(time.perf_counter() - begun, 3)}
+    job |= dict(zip(("calls", "passes", "guiding_passes"), (count / computed for count in passes)))
     with aside(folder / PROTOCOL) as hidden:
-        hidden.write_text(json.dumps(protocol | {"jobs": jobs}, indent=1) + "\n")
-    return jobs[-1]
+        hidden.write_text(json.dumps(protocol | {"jobs": [*before, job]}, indent=1) + "\n")
+    return job
 
 
-def _jobs(folder: Path) -> list[dict[str, Any]]:
+def _claim(
+    folder: Path, protocol: dict[str, Any], job: dict[str, Any] | None, console: Console
+) -> list[dict[str, Any]]:
+    """Keep protocol and job in the folder, unless it holds another protocol; returns the jobs before."""
     try:
-        return list(json.loads((folder / PROTOCOL).read_text())["jobs"])
+        before = list(json.loads((folder / PROTOCOL).read_text())["jobs"])
     except (OSError, ValueError, KeyError, TypeError):
-        return []  # `claim` says what is wrong with it
+        before = []  # `claim` says what is wrong with it
+    jobs = before if job is None else [*before, job]
+    # image i needs no other one
+    claim(folder, PROTOCOL, protocol | {"jobs": jobs}, grows=("images", "labels", "latents_kept", "jobs"))
+    if before and job and before[-1]["batch"] != job["batch"]:
+        text = (
+            f"what is there was made {before[-1]['batch']} images at a time, the others are made {job['batch']} at a "
+            "time: the same up to rounding, not to the bit"
+        )
+        console.print(text, style="yellow", highlight=False, soft_wrap=True)
+    return before
 
 
 def _write(picture: np.ndarray, latent: Tensor, files: list[Path]) -> bool:
