@@ -173,6 +173,22 @@ def test_cached_parts_follow_the_stream(rae):
     assert first[1].tolist() == [images.labels[image_index(p, len(images), 3)] for p in (5, 6, 7)]
 
 
+def test_names_of_a_file_travel_with_the_model_and_must_stay(rae, tmp_path):
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    (tmp_path / "names.txt").write_text("\n".join(words))
+    recipe = dit_recipe(rae, data__class_names=str(tmp_path / "names.txt"), run__duration="1st")
+    folder = train_dit(recipe, tmp_path / "run")
+    model = DiffusionModel.from_pretrained(folder)
+    assert model.config.class_names == tuple(words)
+    assert model.label_indices(["seven"]).tolist() == [7]
+    (tmp_path / "names.txt").rename(tmp_path / "moved.txt")
+    moved = {"data__class_names": str(tmp_path / "moved.txt"), "run__duration": "2st"}
+    train_dit(dit_recipe(rae, **moved), folder)
+    (tmp_path / "moved.txt").write_text("\n".join(words[::-1]))
+    with pytest.raises(TrainingError, match="was trained on images"):
+        train_dit(dit_recipe(rae, **moved | {"run__duration": "3st"}), folder)
+
+
 def first_weights(folder: Path) -> dict[str, torch.Tensor]:
     """What a run of one step began with: EMA = 0.9 first + 0.1 weights."""
     ema = DiffusionModel.from_pretrained(folder).network.state_dict()

@@ -15,6 +15,7 @@ import torch
 from pydantic import NonNegativeInt
 
 from rae.config import Config
+from rae.data.class_names import name_classes
 from rae.data.crops import center_crop, random_crop
 from rae.data.folders import find_data_files, open_digits, open_folder, open_photographs
 from rae.data.image_set import ImageError, Images, digest
@@ -31,6 +32,7 @@ class DataConfig(Config):
     source: str  # a folder, .parquet, .arrow or .tar files, hf:owner/name, digits or photographs: see Sources
     image: str | None = None  # column of a table, or ending in a shard, where there are several; None = the only one
     label: str | None = None  # column of the classes; None = the only one of its kind; "" = leave classes alone
+    class_names: str | None = None  # file that names the classes: lines, or .json; None = their own names
     held_out: float | str = 0.0  # kept out of training: a fraction of the source, or another source
     crop: Literal["center", "random"] = "center"  # "random" is decoder training's: to 1.5 x the size, then a crop
     flip: bool = False  # mirror every second image, at random
@@ -87,12 +89,15 @@ def open_images(source: str | Path, image: str | None = None, label: str | None 
 
 def open_split(config: DataConfig) -> tuple[Images, Images | None]:
     """The training images and, where the configuration keeps some back, the held-out ones."""
-    images = open_images(config.source, config.image, config.label)
+    images, held_out = open_images(config.source, config.image, config.label), None
     if isinstance(config.held_out, str):
         held_out = open_images(config.held_out, config.image, config.label)
         _check_same_classes(config, images.class_names, held_out.class_names)
+    if config.class_names is not None:
+        images = name_classes(images, config.class_names, config.source)
+    if isinstance(config.held_out, str) or not config.held_out:
         return images, held_out
-    return split_images(images, config.held_out) if config.held_out else (images, None)
+    return split_images(images, config.held_out)
 
 
 def _check_same_classes(config: DataConfig, names: list[str] | None, held_out: list[str] | None) -> None:

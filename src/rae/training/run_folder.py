@@ -24,7 +24,7 @@ from rae.folders import aside, checkpoints
 # where things lie; that they are the same things, checksums decide.
 FREE = {"run.duration", "run.log_every", "run.save_every", "run.evaluate_every", "run.keep", "run.trackers"}
 FREE |= {"run.evaluate_images", "run.keep_at", "sheet.images", "sheet.steps", "sheet.cfg", "data.workers"}
-FREE |= {"optim.warmup", "optim.decay_end", "encoder.name", "data.source", "data.held_out", "rae"}
+FREE |= {"optim.warmup", "optim.decay_end", "encoder.name", "data.source", "data.held_out", "data.class_names", "rae"}
 FREE |= {f"loss.adversarial.discriminator.optim.{key}" for key in ("warmup", "decay_end")}
 # A start may be written differently where a longer run would move it; `Run.resume` sees to it that it does not move.
 FREE |= {"loss.perceptual.start", "loss.adversarial.start", "loss.adversarial.discriminator.start"}
