@@ -127,7 +127,7 @@ def test_an_interrupted_job_ends_in_the_same_bits(whole, coupled, runs, run, tmp
     (tmp_path / "out/latents/000002.safetensors").unlink()
     before = {path: path.stat().st_mtime_ns for path in saved if path.exists()}
     assert len(before) == 5
-    run(*command)
+    assert "are there" not in run(*command)  # of every chunk something is missing
     assert made(tmp_path / "out") == made(whole)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     jobs = json.loads((tmp_path / "out/samples.json").read_text())["jobs"]
@@ -139,8 +139,8 @@ def test_an_interrupted_job_ends_in_the_same_bits(whole, coupled, runs, run, tmp
 
 def test_images_that_are_added_are_those_of_a_larger_set(whole, coupled, runs, run, tmp_path):
     command = ["sample", runs / "dit", *BATCH, "--out", tmp_path / "out"]
-    run(*command, "--num", 4)  # whole chunks
-    run(*command, "--num", 10)
+    assert "are there" not in run(*command, "--num", 4)  # whole chunks
+    assert "\n4 of 10 are there\n" in run(*command, "--num", 10)
     assert made(tmp_path / "out") == made(whole)
 
 
@@ -320,8 +320,8 @@ def test_calls_and_passes_are_counted(runs, run, tmp_path, options, calls, passe
     assert (done["calls"], done["passes"], done["guiding_passes"]) == (calls, passes, guiding)
     assert (done["images"], done["batch"], done["processes"]) == (5, 3, 1)
     assert done["seconds"] > 0
-    assert f"for each {calls} calls of the sampler, passes: {passes} of the model" in output
-    assert ("of the guiding model" in output) == bool(guiding)
+    told = f", {calls} calls by the sampler, {passes} passes of the model"
+    assert told + (f", {guiding} of the guiding model\n" if guiding else "\n") in output
 
 
 def test_adaptive_steps_are_counted_too(runs, run, tmp_path):

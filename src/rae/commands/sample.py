@@ -4,6 +4,7 @@ labels, seeds --write_samples--> PNGs, latents, samples.json --save_overview--> 
 """
 
 import math
+import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -190,8 +191,7 @@ def _check_room(path: Path, size: int, remedy: str) -> None:
 
 def _overview(out: Path) -> Path:
     """Beside the folder, not in it, where it would be taken for one of the samples."""
-    out = out.absolute()
-    return out.with_name(f"{out.name}-overview.png")
+    return Path(f"{os.path.abspath(out)}-overview.png")
 
 
 def _weak_guidance(guidance: CFG | AutoGuidance) -> str:
@@ -235,11 +235,10 @@ def _written(out: Path, protocol: dict[str, Any], rae: RAE, npz: Path | None, no
 def _describe_job(job: dict[str, Any]) -> str:
     images, processes = _count(job["images"], "image", "images"), _count(job["processes"], "process", "processes")
     more = f" ({job['computed']:,} computed)" if job["computed"] > job["images"] else ""
-    passes = {"the model": job["passes"], "the guiding model": job["guiding_passes"]}
-    passes = " and ".join(f"{_rounded(count)} of {network}" for network, count in passes.items() if count)
+    guiding = f", {_rounded(job['guiding_passes'])} of the guiding model" if job["guiding_passes"] else ""
     return (
-        f"{images}{more} in {job['seconds']:,.1f} s with {processes}: {job['seconds'] / job['computed']:.3g} s an "
-        f"image; for each {_rounded(job['calls'])} calls of the sampler, passes: {passes}"
+        f"{images}{more} in {job['seconds']:,.1f} s, {processes}; each {job['seconds'] / job['computed']:.3g} s, "
+        f"{_rounded(job['calls'])} calls by the sampler, {_rounded(job['passes'])} passes of the model{guiding}"
     )
 
 

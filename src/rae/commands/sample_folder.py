@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import reduce
+from accelerate.utils import broadcast_object_list, reduce
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
@@ -126,34 +126,26 @@ def write_samples(
     state, seeds, conditional = process_state(), range(seed, seed + len(labels)), model.null_label > 0
     # Arguments that do not fit each other are found here, before anything is written.
     generate(model, rae, labels if conditional else None, seeds, batch_size=batch, **settings)
-    chunks = [range(start, min(start + batch, len(labels))) for start in range(0, len(labels), batch)]
-
-    def is_whole(chunk: range) -> bool:
-        return all(is_there(file) for i in chunk for file in files_of(folder, i, keep_latents))
-
-    console = Console(stderr=True, quiet=not state.is_main_process)
-    before, job = [], None
+    console, before, job, chunks = Console(stderr=True), [], None, []
     if state.is_main_process:
-        if not all(map(is_whole, chunks)):
+        chunks = _missing_chunks(folder, len(labels), batch, keep_latents)
+        if chunks:
             job = {"batch": batch, "processes": state.num_processes, "device": str(model.device)}
         before = _claim(folder, protocol, job, console)
+        if chunks and (there := len(labels) - sum(map(len, chunks))):
+            console.print(f"{there:,} of {len(labels):,} are there", highlight=False)
         if keep_latents:
             (folder / latent_name(0)).parent.mkdir(exist_ok=True)
-    state.wait_for_everyone()
+    # One process says what is missing: others might see it change, or late. All wait for its word.
+    told = [chunks]
+    broadcast_object_list(told)
     begun = time.perf_counter()
-    # Shared out before looking at what is there, which changes while others write.
-    mine = chunks[state.process_index :: state.num_processes]
-    chunks = [chunk for chunk in mine if not is_whole(chunk)]
     # One call for all: only the last chunk can be short, so `generate` cuts where they end.
-    wanted = [i for chunk in chunks for i in chunk]
+    wanted = [i for chunk in told[0][state.process_index :: state.num_processes] for i in chunk]
     chosen = [labels[i] for i in wanted] if conditional else None
-    written, total = 0, sum(map(len, mine))
+    written = done = 0
     try:
-        with (
-            count_passes(model, settings["guidance"]) as passes,
-            progress("samples", total, start=total - len(wanted), console=console) as advance,
-        ):
-            done = total - len(wanted)
+        with count_passes(model, settings["guidance"]) as passes, progress("samples", len(wanted)) as advance:
             own = [seeds[i] for i in wanted]
             for part in generate(model, rae, chosen, own, batch_size=batch, **settings) if wanted else ():
                 if not part.images.isfinite().all():
@@ -178,6 +170,12 @@ def write_samples(
     with aside(folder / PROTOCOL) as hidden:
         hidden.write_text(json.dumps(protocol | {"jobs": [*before, job]}, indent=1) + "\n")
     return job
+
+
+def _missing_chunks(folder: Path, count: int, batch: int, keep_latents: bool) -> list[range]:
+    """Those of the chunks of `count` images of which a file is missing."""
+    chunks = [range(start, min(start + batch, count)) for start in range(0, count, batch)]
+    return [c for c in chunks if not all(is_there(file) for i in c for file in files_of(folder, i, keep_latents))]
 
 
 def _claim(
