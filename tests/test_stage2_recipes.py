@@ -271,22 +271,24 @@ def test_memory_in_the_header_is_that_of_the_account(path):
 
 
 @pytest.mark.parametrize(
-    ("stem", "change"),
+    ("name", "autoencoder"),
     [
-        ("dit-xl_dinov2-b_256", "rae=AUTOENCODER"),
-        ("ditdh-xl_dinov2-b_256_unconditional", "rae=AUTOENCODER"),
-        ("dit-xl_sd-vae_256", "rae=sd-vae:VAE@16"),
-        ("ditdh-xl_pixels_256", "rae=pixels@16"),
+        ("stage2/dit-xl_dinov2-b_256", "RUN"),
+        ("stage2/ditdh-xl_dinov2-b_256_unconditional", "RUN"),
+        ("stage2/dit-xl_sd-vae_256", "sd-vae:VAE@16"),
+        ("stage2/ditdh-xl_pixels_256", "pixels@16"),
+        ("cpu/digits-dit", "RUN"),
+        ("cpu/digits-pixels", "pixels@16"),
     ],
 )
-def test_published_recipes_train_in_small(run, finished, tmp_path, stem, change):
+def test_recipes_train_in_small(run, finished, tmp_path, name, autoencoder):
     make_vae().save_pretrained(tmp_path / "vae")
-    change = change.replace("AUTOENCODER", str(finished)).replace("VAE", str(tmp_path / "vae"))
-    tiny = [change, "network.size=[16,2,1]", "data.source=digits", "data.held_out=0.1", "data.workers=0"]
+    autoencoder = autoencoder.replace("RUN", str(finished)).replace("VAE", str(tmp_path / "vae"))
+    tiny = [f"rae={autoencoder}", "network.size=[16,2,1]", "data.source=digits", "data.held_out=0.1", "data.workers=0"]
     tiny += ["run.batch=8", "run.micro_batch=4", "run.duration=2st", "run.evaluate_images=8", "sheet.steps=2"]
-    tiny += ["network.head=[16,2,1]"] if stem.startswith("ditdh") else []
-    tiny += ["network.patch_size=2"] if "pixels" in stem else []
-    run("train-dit", ROOT / f"recipes/stage2/{stem}.yaml", *tiny, "--out", tmp_path / "run")
+    tiny += ["network.head=[16,2,1]"] if "ditdh" in name else []
+    tiny += ["network.patch_size=2"] if "pixels" in name else []
+    run("train-dit", ROOT / f"recipes/{name}.yaml", *tiny, "--out", tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     figures = functools.reduce(dict.__or__, lines)
     assert math.isfinite(figures["loss"])
