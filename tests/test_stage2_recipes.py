@@ -183,16 +183,16 @@ def test_header_has_commands_for_itself(path):
     text, recipe = header(path), described(path)[0]
     name = path.relative_to(ROOT).as_posix()
     assert f"rae train-dit {name} --out runs/{path.stem} " in text
-    sample = re.search(r"rae sample runs/(\S+) (.*?--npz \S+)", text)
-    assert sample[1] == path.stem
-    assert ("--num 50000" if recipe.network.unconditional else "--per-class 50") in sample[2]
-    assert "--rounding truncate" in sample[2]
-    if guide := re.search(r"--autoguidance runs/(\S+)_(\d+)ep ([\d.]+)", sample[2]):
-        stem, epochs, _ = guide.groups()
-        other = ROOT / f"recipes/stage2/{stem}.yaml"
-        assert described(other)[2].network.num_classes == described(path)[2].network.num_classes
-        assert described(other)[1].latent_shape == described(path)[1].latent_shape
-        assert f"run.duration={epochs}ep --out runs/{stem}_{epochs}ep" in header(other)
+    samples = re.findall(r"rae sample runs/(\S+) (.*?--npz \S+)", text)
+    assert {stem for stem, _ in samples} == {path.stem}
+    for _, options in samples:
+        assert ("--num 50000" if recipe.network.unconditional else "--per-class 50") in options
+        assert "--rounding truncate" in options
+    for stem, epochs in re.findall(r"--autoguidance runs/(\S+)_(\d+)ep [\d.]+", text):
+        guide = ROOT / f"recipes/stage2/{stem}.yaml"
+        assert described(guide)[2].network.num_classes == described(path)[2].network.num_classes
+        assert described(guide)[1].latent_shape == described(path)[1].latent_shape
+        assert f"run.duration={epochs}ep --out runs/{stem}_{epochs}ep" in header(guide)
     for other in re.findall(r"--autoencoder runs/(\S+?)\.?(?=\s)", text):
         assert Space(f"runs/{other}").latent_shape == described(path)[1].latent_shape
     for word in ("Cost:", "Memory:", "Differs", "Run: nobody has run this recipe."):
