@@ -130,7 +130,7 @@ def test_a_loss_that_is_not_below_the_trivial_one():
     assert "optim.lr" in remedy
     assert trivial_warning(float("nan"), 1.3, step=1000)
     narrow = trivial_warning(1.31, 1.3, step=1000, bound=1.25)
-    assert "no training takes its loss below 1.25 (Theorem 1)" in narrow
+    assert "too narrow for a loss below 1.25 (Theorem 1)" in narrow
 
 
 def test_an_average_that_lags_behind():

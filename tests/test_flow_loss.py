@@ -165,7 +165,8 @@ def test_losses_by_time_are_those_at_their_times(prediction):
     model = model_of(0, prediction)
     found = loss_by_time(model, held_out(90, 90), count=90, seed=7)
     ((x, y, images),) = held_out(90, 90)
-    noise, _ = noise_draws(images, 7, SHAPE)
+    noise = torch.cat([noise_draws(images, seed, SHAPE)[0] for seed in (7, 8)])
+    x, y = torch.cat([x, x]), torch.cat([y, y])
     x_t = interpolate(x, noise, found.times)
     expected = (model.predict(x_t, found.times, y) - target(prediction, x, noise)).square().mean((1, 2, 3))
     torch.testing.assert_close(found.losses, expected)
@@ -178,8 +179,8 @@ def test_losses_by_time_are_those_at_their_times(prediction):
 def test_times_fill_the_bins_evenly_however_many_images(count):
     found = loss_by_time(model_of(0), held_out(count, 64), count=count, seed=0)
     filled = torch.histc(found.times, 10, 0, 1)
-    assert len(found.times) == max(1, -(-80 // count)) * count
-    assert filled.min() >= 7
+    assert len(found.times) == max(1, -(-160 // count)) * count
+    assert filled.min() >= 14
     assert filled.max() - filled.min() <= 3
     assert list(in_bins(found.times, found.losses)) == [b / 10 for b in range(10)]
 

@@ -13,8 +13,9 @@ import yaml
 from tiny import adversarial, decoder_recipe
 
 from rae import RAE
+from rae.commands.run_checks import _latent_identity, findings
 from rae.commands.run_record import read_run
-from rae.commands.run_report import _latent_identity, by_time, facts, findings, print_report
+from rae.commands.run_report import by_time, facts, print_report
 from rae.diffusion.flow import Flow
 from rae.evaluation.flow_loss import mean_trivial_loss
 from rae.training.decoder import train_decoder
@@ -97,7 +98,7 @@ def test_nothing_is_found_in_a_sound_run(stage, request, capsys, monkeypatch):
     assert print_report(run) == 0
     printed = capsys.readouterr().out
     assert "Nothing is wrong with it." in printed
-    assert "6 steps of 8 images (6st)" in printed
+    assert "6st, 6 steps of 8 images" in printed
     assert "6 steps, 48 images: finished" in printed
     assert "000000024" in printed
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
@@ -249,9 +250,9 @@ def test_a_run_that_saved_nothing(dit):
     (dit / "log.jsonl").unlink()
     for pointer in ("latest", "best"):
         (dit / pointer).unlink(missing_ok=True)
-    nothing, ended = found(dit)
-    assert nothing.startswith("nothing is saved")
-    assert ended == "it ended after 0 of 48 images\nThe same command begins anew."
+    assert only(dit) == "it ended after 0 of 48 images\nThe same command begins anew, since nothing is saved."
+    change_recipe(dit, run__duration="1ep")
+    assert only(dit).startswith("it ended after 0 images\nThe same")
 
 
 def test_steps_after_the_checkpoint_and_the_reason_of_the_end_are_told(dit):
@@ -260,15 +261,28 @@ def test_steps_after_the_checkpoint_and_the_reason_of_the_end_are_told(dit):
     write_log(dit, [*lines, {"images": 64, "stopped": "the loss is nan"}])
     finding = only(dit)
     assert "it ended after 64 of 800 images, 16 of them after what is saved: the loss is nan" in finding
+    assert finding.endswith("goes on from 48, to the same end unless that is changed.")
 
 
 def test_epochs_are_counted_where_a_checkpoint_says_how_many_images_they_have(dit):
     change_recipe(dit, run__duration="1ep")
+    change_state(dit, lambda state: state.pop("epoch", None))
     assert read_run(dit).total is None
     assert found(dit) == []
     change_state(dit, lambda state: state.update(epoch=1617))
     assert read_run(dit).total == 1616  # whole batches
     assert "48 of 1,616 images" in only(dit)
+
+
+def test_a_checkpoint_that_training_removes_meanwhile_is_no_damage(dit, monkeypatch):
+    def find_damage(path: Path) -> str | None:
+        if path.name == "000000024":
+            shutil.rmtree(path)
+            return f"{path} cannot be read."
+        return None
+
+    monkeypatch.setattr("rae.commands.run_record.find_damage", find_damage)
+    assert found(dit) == []
 
 
 def test_a_disk_that_the_next_checkpoint_does_not_fit(dit, monkeypatch):
@@ -398,16 +412,22 @@ def test_a_loss_above_the_trivial_one_is_found_after_a_while(dit):
     write_log(dit, [line | {"images": 600} for line in lines])
     (told,) = (finding for finding in found(dit) if "linear guess" in finding)
     assert "after 600 steps the loss is 1.9, and a linear guess that looks at each number" in told
-    assert f"{trivial:.4g}: nothing is learnt yet" in told
+    assert f"has {trivial:.4g}: samples will be noise" in told
     assert "below 1.5 (Theorem 1)" in told
+    write_log(dit, [line | {"images": 600} for line in lines] + [{"images": 600, "trivial_loss": 1.95}])
+    assert not any("linear guess" in finding for finding in found(dit))  # the run's own figure counts
 
 
 def test_an_average_that_is_too_long_or_lags_behind(dit):
     change_recipe(dit, optim__ema=0.99)
-    write_log(dit, [*steady(), {"images": 48, "held_out_loss": 1.5, "held_out_loss_online": 1.0}])
-    long, lags = found(dit)
-    assert "EMA with decay 0.99 averages over 100 steps, the run has 6" in long
+    both = {"held_out_loss": 1.5, "held_out_loss_online": 1.0}
+    write_log(dit, [*steady(), {"images": 48} | both])
+    assert "EMA with decay 0.99 averages over 100 steps, the run has 6" in only(dit)
+    change_recipe(dit, run__batch=1, run__duration="150st")
+    write_log(dit, [*steady(), {"images": 140} | both])
+    lags, _ = reversed(found(dit))
     assert "held-out loss is 1.5, that of the weights as they are now 1" in lags
+    assert "140 are made" in lags
 
 
 def test_the_discriminators_health_is_told_as_training_tells_it(runs, tmp_path):

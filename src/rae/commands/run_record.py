@@ -13,6 +13,7 @@ from rae.config import ConfigError, load_recipe
 from rae.folders import checkpoints
 from rae.training.checkpoint import find_damage, read_state
 from rae.training.decoder import DecoderRecipe
+from rae.training.diagnosis import patience
 from rae.training.dit import DiTRecipe
 from rae.training.durations import in_images
 
@@ -89,6 +90,12 @@ class RunRecord:
     def finished(self) -> bool:
         return self.total is not None and self.newest is not None and int(self.newest.name) >= self.total
 
+    @property
+    def judged(self) -> bool:
+        """Whether stage 2 has made so many steps that its losses tell something."""
+        steps = (self.total or self.seen) // self.recipe.run.batch
+        return self.state is not None and self.step >= patience(steps, self.state["schedules"]["optim"][1])
+
     def series(self, name: str) -> list[tuple[int, float]]:
         """(images, value) of every line of the log that has this figure."""
         return [(line["images"], line[name]) for line in self.lines if name in line]
@@ -113,11 +120,18 @@ def read_run(folder: Path) -> RunRecord:
         recipe = _read_recipe(folder / "recipe.yaml")
     except ConfigError as error:
         recipe_error = str(error)
-    damage = {path: find_damage(path) for path in checkpoints(folder)}
-    kept = {path: find_damage(path) for path in sorted(folder.glob("kept/[0-9]*"))}
+    damage, kept = _damage(checkpoints(folder)), _damage(sorted(folder.glob("kept/[0-9]*")))
     intact = [path for path in damage if not damage[path]]
     state = read_state(intact[-1] / "train") if intact else None
     return RunRecord(folder, recipe, recipe_error, *_read_log(folder), damage, kept, state, _is_running(folder))
+
+
+def _damage(paths: list[Path]) -> dict[Path, str | None]:
+    found = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            found[path] = find_damage(path)
+    return {path: damage for path, damage in found.items() if path.is_dir()}  # training may just have removed it
 
 
 def _read_recipe(path: Path) -> DecoderRecipe | DiTRecipe:

@@ -25,7 +25,7 @@ Prediction = Literal["v", "x", "eps"]
 Batch = tuple[Tensor, Tensor, Sequence[int]]  # latents [b,C,h,w], labels [b], numbers of the images
 
 BINS = 10  # of equal width, over [0, 1]
-LEAST = 8  # times that fall into a bin, where there are fewer than 80 images
+LEAST = 16  # evaluations in a bin, where there are fewer than 160 images
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -167,11 +167,10 @@ def loss_by_time(
     """The flow's loss on held-out latents, as training draws its times, and once more with times spread evenly.
 
     A shifted law puts few times near the data, so its own draws would leave bins empty. Image k is also evaluated at
-    t = frac((k + 1/2) (sqrt(5) - 1) / 2), which fills equal bins equally whatever the number of images (no bin of ten
-    has one more than another by much), and images fewer than 80 at several such times. To spread the images over the
-    bins, and not to put every image into each, makes the whole curve from twice the evaluations of the one figure, and
-    it rests on all images. Noise and times belong to the image and the seed, so that two evaluations of a run differ
-    by the weights alone.
+    t = frac((k + 1/2) (sqrt(5) - 1) / 2), which fills equal bins equally whatever the number of images; fewer than 160
+    are evaluated at several such times. To spread the images over the bins, and not to put each of them into every one,
+    makes the whole curve cost as much as the one figure, and rest on all images. Noise and times belong to the image
+    and the seed, so that two evaluations of a run differ by the weights alone.
 
     Args:
         model: the averaged weights.
@@ -190,6 +189,8 @@ def loss_by_time(
         if online is not None:
             theirs.append(flow.loss(online.predict, latents, labels, t, noise))
         for number in range(rounds):
+            if number:  # another time of the same image, with other noise
+                noise = noise_draws(images, seed + number, latents.shape[1:])[0].to(latents.device)
             places = [((image * rounds + number + 0.5) * GOLDEN) % 1 for image in images]
             t = torch.tensor(places).clamp(max=last).to(latents)
             losses.append(flow.loss(model.predict, latents, labels, t, noise))

@@ -67,19 +67,19 @@ def trivial_warning(loss: float, trivial: float, *, step: int, bound: float = 0.
         "Lower optim.lr or lengthen optim.warmup if the loss has risen or stands still, raise optim.lr if it falls too "
         "slowly to see; make sure that the autoencoder has statistics."
     )
-    if bound > 0.8 * trivial:
+    if bound:
         remedy = (
-            f"The network is too narrow: no training takes its loss below {bound:.4g} (Theorem 1). Use a wider one, or "
-            "dit-dh, whose head alone must be wide."
+            f"The network is too narrow for a loss below {bound:.4g} (Theorem 1): use a wider one, or dit-dh, whose "
+            f"head alone must be wide. {remedy}"
         )
     return (
         f"after {step:,} steps the loss is {loss:.4g}, and a linear guess that looks at each number of the latents by "
-        f"itself has {trivial:.4g}: nothing is learnt yet, samples will be noise.\n{remedy}"
+        f"itself has {trivial:.4g}: samples will be noise.\n{remedy}"
     )
 
 
 def lag_warning(average: float, online: float, *, decay: float, step: int) -> str | None:
-    """What to say of averaged weights whose held-out loss is far above that of the weights they average.
+    """What to say, after `patience` steps, of averaged weights that are far worse than the weights they average.
 
     Args:
         average, online: held-out loss of both, by the same draws.
