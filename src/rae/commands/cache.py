@@ -65,7 +65,8 @@ def write_cache(
         out: folder; made if it does not exist.
         dtype: of the numbers stored; see `store`.
         batch: images that are encoded at a time.
-        verify: take the SHA-256 of the shards that are there, and write damaged ones anew.
+        verify: take the SHA-256 of the shards that are there, and write damaged ones anew. The first process does it,
+            for some minutes with a large cache, while the others wait.
 
     Returns:
         The folder.
@@ -82,6 +83,7 @@ def write_cache(
     rae = RAE.from_pretrained(model).to(state.device)
     settings = CacheSettings(
         autoencoder=str(model),
+        class_names=images.class_names,
         origin=origin_of(rae, images, data),
         dtype=dtype,
         flip=data.flip,

@@ -87,7 +87,7 @@ class Origin(Config):
         latents: `RAE.latent_identity`: encoder, sizes, statistics.
         encoder: SHA-256 of the encoder's weights.
         images: `Images.identity`.
-        class_names: of the labels; None without classes.
+        labels: SHA-256 of the images' labels, which a run may leave alone.
         image_size: (H, W) of the crops.
         crop, enlarge: as in `DataConfig`.
     """
@@ -95,7 +95,7 @@ class Origin(Config):
     latents: str
     encoder: str
     images: str
-    class_names: list[str] | None
+    labels: str
     image_size: tuple[PositiveInt, PositiveInt]
     crop: Literal["center"]
     enlarge: bool
@@ -107,6 +107,7 @@ class CacheSettings(Config):
     Attributes:
         kind, version: of the format.
         autoencoder: by which name it was given; for messages.
+        class_names: of the labels, for other readers; None without classes.
         origin: of the latents.
         dtype: of the numbers stored.
         flip: whether the mirrored images' latents are there as well.
@@ -118,6 +119,7 @@ class CacheSettings(Config):
     kind: Literal["latent cache"] = "latent cache"
     version: Literal[1] = 1
     autoencoder: str
+    class_names: list[str] | None
     origin: Origin
     dtype: Dtype
     flip: bool
@@ -137,7 +139,8 @@ class CacheSettings(Config):
 
     def deciding(self) -> dict[str, Any]:
         """The settings that must be the same in every shard, flat."""
-        settings = self.model_dump(mode="json", include=set(CacheSettings.model_fields) - {"autoencoder", "origin"})
+        told = {"autoencoder", "class_names", "origin"}
+        settings = self.model_dump(mode="json", include=set(CacheSettings.model_fields) - told)
         return settings | self.origin.model_dump(mode="json")
 
 
@@ -202,10 +205,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, list) and len(value) > 4:
-        value = f"{len(value)} of them, {hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]}"
-    text = str(value)
-    return f"{text[:12]}..." if len(text) == 64 else text
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else str(value)
 
 
 # --- shards ----------------------------------------------------------------------------------------------------------

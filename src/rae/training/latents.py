@@ -1,6 +1,7 @@
 """The encoder over a whole data set: exact latent statistics, and latents kept in memory or on the disk."""
 
 import functools
+import hashlib
 import itertools
 import math
 import os
@@ -9,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -153,7 +155,7 @@ def origin_of(rae: RAE, images: Images, data: DataConfig) -> Origin:
         latents=rae.latent_identity,
         encoder=rae.encoder.checksum(),
         images=images.identity,
-        class_names=images.class_names,
+        labels=hashlib.sha256(np.asarray(images.labels, np.int64).tobytes()).hexdigest(),
         image_size=rae.image_size,
         crop=data.crop,
         enlarge=data.enlarge,
@@ -164,10 +166,12 @@ def stored_latents(folder: str | Path, rae: RAE, images: Images, data: DataConfi
     """The latents of a run, from a cache on the disk.
 
     Raises:
-        ConfigError: random crops, which have no end; or its cache.json is damaged.
-        CacheError: there is no cache, it is damaged, or it is of another autoencoder or of other images.
+        ConfigError: no such folder; random crops, which have no end; or its cache.json is damaged.
+        CacheError: there is no cache in it, it is damaged, or it is of another autoencoder or of other images.
     """
     check_crop("latents", data, str(folder))
+    if not Path(folder).expanduser().is_dir():
+        raise ConfigError(f"latents: {folder} is no folder; there are online, memory and folders of `rae cache`.")
     return open_cache(folder).of_run(origin_of(rae, images, data), data)
 
 
@@ -175,7 +179,8 @@ def cached_latents(
     cache: LatentCache | StoredLatents, batches: Iterable[range], seed: int, micro_batch: int, device: torch.device
 ) -> Iterator[Parts]:
     """For each batch of stream positions: its parts of at most `micro_batch` latents, each taken from the cache while
-    the one before it is in use. The same images and mirror images as `online_latents`."""
+    the one before it is in use; all of them are to be used up. The same images and mirror images as `online_latents`.
+    """
     steps = ([batch[start : start + micro_batch] for start in range(0, len(batch), micro_batch)] for batch in batches)
     steps, ahead = itertools.tee(steps)
     taken = _ahead(functools.partial(cache.take, seed=seed), itertools.chain.from_iterable(ahead))
