@@ -224,7 +224,10 @@ def reconstruct(
 
 @rae.command()
 @click.argument("model")
-@click.option("--autoencoder", help="Folder or hub id.  [default: the one that a run of train-dit was trained with]")
+@click.option(
+    "--autoencoder",
+    help="Folder, hub id, pixels@SIZE or sd-vae:WEIGHTS@SIZE.  [default: the one that a run was trained with]",
+)
 @click.option("--labels", help="Classes by name or index, with commas; they take turns.  [default: all]")
 @click.option("--num", type=click.IntRange(1), help="Images in all.  [default: 16, or one for each of --labels]")
 @click.option("--per-class", type=click.IntRange(1), help="Images of each class, in place of --num.")

@@ -4,14 +4,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from rae.autoencoder.rae import RAE
+from rae.autoencoder.baselines import Autoencoder, is_baseline, open_autoencoder
 from rae.config import ConfigError, load_recipe
 from rae.diffusion.model import DiffusionModel
 from rae.sources import SourceError
 from rae.training.dit import DiTRecipe
 
 
-def autoencoder_of(model: DiffusionModel, run: str | Path, say: Callable[[str], object]) -> tuple[str, RAE]:
+def autoencoder_of(model: DiffusionModel, run: str | Path, say: Callable[[str], object]) -> tuple[str, Autoencoder]:
     """The autoencoder that the recipe of a run names, and where it was found.
 
     A relative path is looked for in the current folder, then from each folder above the run, upwards: /data/x/runs/dit
@@ -31,13 +31,15 @@ def autoencoder_of(model: DiffusionModel, run: str | Path, say: Callable[[str], 
     if folder is None:
         raise ConfigError(f"{run} is not the folder of a run, which would name its autoencoder; give --autoencoder.")
     name = load_recipe(DiTRecipe, folder / "recipe.yaml").rae
+    if is_baseline(name):
+        return name, open_autoencoder(name)
     found, errors = {}, []
     for place in (Path(name).expanduser(), *(above / name for above in folder.parents)):
         if place.is_dir():
             found.setdefault(os.path.realpath(place), place)
     for place in found.values():
         try:
-            rae = RAE.from_pretrained(place)
+            rae = open_autoencoder(place)
             model.check_autoencoder(rae)
         except (ValueError, SourceError) as error:
             say(f"{place} is not taken: {error}")
@@ -47,7 +49,7 @@ def autoencoder_of(model: DiffusionModel, run: str | Path, say: Callable[[str], 
     if errors:
         raise errors[0]
     if _downloaded(name):
-        return name, RAE.from_pretrained(name)
+        return name, open_autoencoder(name)
     raise ConfigError(
         f"{run} was trained with autoencoder {name!r}, which is not here, nor in a folder above the run; start from "
         "the folder it was trained in, or give --autoencoder."

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rae.autoencoder.rae import RAE
+from rae.autoencoder.baselines import Autoencoder, open_autoencoder
 from rae.commands.autoencoder_of import autoencoder_of
 from rae.commands.pictures import OutputError, Rounding, check_file, picture_name
 from rae.commands.sample_folder import (
@@ -91,7 +91,7 @@ def sample_to_folder(
     if guidance and guidance.scale <= 1:
         warn(_weak_guidance(guidance))
     if autoencoder:
-        rae = RAE.from_pretrained(autoencoder)
+        rae = open_autoencoder(autoencoder)
     else:
         autoencoder, rae = autoencoder_of(diffusion, model, warn)
     say(f"autoencoder: {autoencoder}")
@@ -218,7 +218,7 @@ def _describe(settings: dict[str, Any]) -> str:
     return f"{settings['sampler']}, {'its own steps' if settings['sampler'] == 'dopri5' else steps}; {by}"
 
 
-def _written(out: Path, protocol: dict[str, Any], rae: RAE, npz: Path | None, no_pngs: bool) -> Table:
+def _written(out: Path, protocol: dict[str, Any], rae: Autoencoder, npz: Path | None, no_pngs: bool) -> Table:
     table, (height, width), images = Table("written", "what"), protocol["size"], f"{protocol['images']:,} images"
     if not no_pngs:
         table.add_row(escape(f"{out}/{picture_name(0)} ..."), f"{images} of {height} x {width} pixels")

@@ -24,7 +24,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rae.autoencoder.rae import RAE
+from rae.autoencoder.baselines import Autoencoder
 from rae.commands.pictures import Rounding, checksum, claim, is_there, picture_name, read_picture, save_picture
 from rae.data.images import to_bytes
 from rae.diffusion.guidance import CFG, AutoGuidance
@@ -50,7 +50,7 @@ def files_of(folder: Path, index: int, keep_latents: bool) -> list[Path]:
 
 def protocol_of(
     model: DiffusionModel,
-    rae: RAE,
+    rae: Autoencoder,
     labels: Sequence[int],
     *,
     seed: int,
@@ -83,7 +83,7 @@ def protocol_of(
 
 def write_samples(
     model: DiffusionModel,
-    rae: RAE,
+    rae: Autoencoder,
     labels: Sequence[int],
     folder: Path,
     protocol: dict[str, Any],
