@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import decoder_recipe, dit_recipe, save_encoder, train_in_processes
+from tiny import decoder_recipe, dit_recipe, save_encoder
 
 from rae import RAE, DiffusionModel, generate
 from rae.config import ConfigError, load_recipe
@@ -140,15 +140,6 @@ def test_small_micro_batches_compute_the_large_batch(rae, tmp_path):
         parts = train_dit(recipe, tmp_path / latents)
         assert log(parts, "loss") == pytest.approx(log(whole, "loss"), rel=1e-4)
         assert log(parts, "grad_norm") == pytest.approx(log(whole, "grad_norm"), rel=1e-3)
-
-
-def test_two_processes_compute_what_one_does(rae, tmp_path):
-    recipe = dit_recipe(rae, run__duration="4st", run__log_every="1st", run__micro_batch=2)
-    one = train_dit(recipe, tmp_path / "one")
-    two = train_in_processes(2, recipe, tmp_path / "two")
-    # Noise belongs to the image, so two processes draw what one alone draws.
-    assert log(two, "loss") == pytest.approx(log(one, "loss"), rel=1e-5)
-    assert log(two, "grad_norm") == pytest.approx(log(one, "grad_norm"), rel=1e-4)
 
 
 @pytest.mark.parametrize(

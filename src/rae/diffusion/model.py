@@ -209,12 +209,19 @@ class DiffusionModel(nn.Module):
         saved = read_json(_SavedConfig, folder / "config.json")
         weights = load_tensors(folder, WEIGHTS, saved.files)
         config = DiffusionModelConfig(**{name: getattr(saved, name) for name in DiffusionModelConfig.model_fields})
-        with torch.device("meta"):
-            model = cls(config, dtype=dtype)
         try:
-            model.network.load_state_dict(weights, assign=True)
+            return cls.of_weights(config, weights, dtype=dtype)
         except RuntimeError as error:
             raise ValueError(f"{folder / WEIGHTS} does not fit its config.json: {error}") from error
+
+    @classmethod
+    def of_weights(
+        cls, config: DiffusionModelConfig, weights: dict[str, Tensor], *, dtype: torch.dtype = torch.float32
+    ) -> "DiffusionModel":
+        """A frozen model whose network holds these very tensors; RuntimeError if they do not fit."""
+        with torch.device("meta"):
+            model = cls(config, dtype=dtype)
+        model.network.load_state_dict(weights, assign=True)
         return model.requires_grad_(False)
 
 

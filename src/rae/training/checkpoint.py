@@ -17,15 +17,17 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from rae.folders import checkpoints, fsync, fsync_all, sha256
+from rae.training.sharding import part_for
 
 # What one step leaves behind for every parameter; more or less than this in a file is an error.
 _STATE = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
@@ -106,19 +108,20 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def save_training_state(
-    folder: Path, model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer], state: dict[str, Any]
+    folder: Path, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], state: dict[str, Any]
 ) -> None:
-    """Write online weights, optimiser and the loop's own `state` (JSON) into `folder`."""
+    """Write what training goes on from into `folder`.
+
+    Args:
+        folder: made.
+        weights: online ones, of `state_dict()`.
+        moments: of `optimizer_tensors`.
+        state: the loop's own, JSON.
+    """
     folder.mkdir()
-    save_file(model.state_dict(), folder / "weights.safetensors")
-    save_file(optimizer_tensors(optimizers), folder / "optimizer.safetensors")
+    save_file(dict(weights), folder / "weights.safetensors")
+    save_file(dict(moments), folder / "optimizer.safetensors")
     (folder / "state.json").write_text(json.dumps(state, indent=1))
-
-
-def load_training_state(folder: Path, model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Load weights and optimiser that `save_training_state` wrote; nothing may be missing or left over."""
-    load_weights(model, folder / "weights.safetensors")
-    load_optimizers(optimizers, folder / "optimizer.safetensors")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -146,7 +149,7 @@ def load_optimizers(optimizers: Iterable[torch.optim.Optimizer], path: Path) -> 
         raise CheckpointError(f"{path}: optimiser state of unknown parameters: {', '.join(sorted(tensors)[:5])}.")
 
 
-def optimizer_tensors(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+def optimizer_tensors(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """`exp_avg/blocks.0.qkv.weight` and so on, for every parameter."""
     tensors = {}
     for optimizer in optimizers:
@@ -185,7 +188,7 @@ def _written(run: Path, final: Path, write: Callable[[Path], None]) -> Iterator[
         ) from error
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], path: Path) -> None:
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], path: Path) -> None:
     """Take the state of this optimiser's parameters out of `tensors`."""
     keys = _STATE[type(optimizer).__name__]
     wanted = {f"{key}/{name}" for key in keys for name, _ in _named(optimizer)}
@@ -198,6 +201,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.T
                 raise CheckpointError(
                     f"{path}: {key}/{name} is {list(value.shape)}, the parameter {list(parameter.shape)}."
                 )
+            state[key] = part_for(parameter, value) if key != "step" else value
     # The groups (learning rate, betas) come from the recipe, the state from the file.
     optimizer.load_state_dict(
         {"state": dict(enumerate(states)), "param_groups": optimizer.state_dict()["param_groups"]}

@@ -21,7 +21,7 @@ from rae.data.images import DataConfig, Images, Stream, Views, loader, open_spli
 from rae.data.order import noise_draws
 from rae.evaluation.frechet import Moments, frechet_distance
 from rae.evaluation.reconstruction import WINDOW, psnr, ssim
-from rae.training.checkpoint import load_training_state, load_weights, save_training_state
+from rae.training.checkpoint import load_optimizers, load_weights, optimizer_tensors, save_training_state
 from rae.training.display import save_sheet
 from rae.training.latents import cache_tokens, check_crop, latent_statistics
 from rae.training.objective import LossConfig, Objective, Part
@@ -154,7 +154,8 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path) -> Path:
         identity = {"images": images.identity, "encoder": encoder.identity()} | objective.identity()
         if run.checkpoint:
             run.resume(identity)
-            load_training_state(run.checkpoint / "train", decoder, optimizers)
+            load_weights(decoder, run.checkpoint / "train/weights.safetensors")
+            load_optimizers(optimizers, run.checkpoint / "train/optimizer.safetensors")
             load_weights(ema, run.checkpoint / "model/decoder.safetensors")
             objective.load(run.checkpoint / "train")
         if run.finished:
@@ -188,7 +189,8 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path) -> Path:
 
         def save(folder: Path) -> None:
             save_model(folder)
-            save_training_state(folder / "train", decoder, optimizers, run.state(identity))
+            moments = optimizer_tensors(optimizers)
+            save_training_state(folder / "train", decoder.state_dict(), moments, run.state(identity))
             objective.save(folder / "train")
 
         run.check_held_out(held_out, recipe.data, config.output_size)

@@ -4,12 +4,14 @@ images --Stream--> [0,1] images [B,3,H,W] --RAE.encode--> latents [B,C,h,w] --Fl
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from rae.autoencoder.rae import RAE
 from rae.config import Config, ConfigError, parse
@@ -20,11 +22,12 @@ from rae.diffusion.flow import Flow
 from rae.diffusion.guidance import CFG, drop_labels
 from rae.diffusion.model import WEIGHTS, DiffusionModel, DiffusionModelConfig
 from rae.diffusion.sampling import generate
-from rae.training.checkpoint import load_training_state, load_weights, save_training_state
+from rae.training.checkpoint import load_optimizers, load_weights, optimizer_tensors, save_training_state
 from rae.training.display import save_sheet
 from rae.training.latents import Parts, cache_latents, cached_latents, check_crop, online_latents
 from rae.training.optim import Decays, OptimizerConfig, build_optimizers, ema_warning, make_ema, set_lr, update_ema
 from rae.training.run import DTYPES, Run, RunConfig
+from rae.training.sharding import is_sharded, shard, whole
 
 _FIXED = 2**32  # the seed of held-out figures and sheets, the same in every run and apart from any run's own
 
@@ -77,6 +80,12 @@ class SheetConfig(Config):
     cfg: NonNegativeFloat | None = None  # scale of the second row; None = no second row
 
 
+class DiTRunConfig(RunConfig):
+    """That of stage 2, whose networks may be too large for a card."""
+
+    sharding: Literal["none", "full"] = "none"  # full: weights, averages, moments spread over the processes (FSDP2)
+
+
 class DiTRecipe(Config):
     """Everything that stage 2 is a function of."""
 
@@ -89,7 +98,7 @@ class DiTRecipe(Config):
     drop_labels: float = Field(0.1, ge=0, le=1)  # how often the null label takes a label's place
     optim: DiTOptimConfig
     sheet: SheetConfig = SheetConfig()
-    run: RunConfig
+    run: DiTRunConfig
 
     @model_validator(mode="before")
     @classmethod
@@ -108,6 +117,11 @@ class DiTRecipe(Config):
             raise ValueError(f"sheet.cfg {self.sheet.cfg} guides by classes, which network.unconditional ignores")
         if self.sheet.cfg is not None and self.drop_labels == 0:
             raise ValueError(f"sheet.cfg {self.sheet.cfg} needs the null label, which drop_labels 0 never trains")
+        if self.run.sharding == "full" and self.optim.name == "muon":
+            raise ValueError(
+                "optim.name muon computes with whole matrices, of which run.sharding full leaves each process a part; "
+                "take optim.name=adamw, or run.sharding=none"
+            )
         return self
 
 
@@ -138,11 +152,9 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
         model = DiffusionModel(config, dtype=DTYPES[recipe.run.precision])
         if recipe.network.init and not run.checkpoint:
             _start_from(model, recipe.network.init, run)
-        model.to(device)
         flow = model.flow
         averages = {name: make_ema(model) for name in _folders(recipe.optim.ema)}
         ema = averages["model"]
-        optimizers = build_optimizers(recipe.optim, model.network.parameter_groups())
         learning_rate = run.learning_rate("optim", recipe.optim, epoch=len(images))
         for decay in recipe.optim.ema:
             run.warn(ema_warning(decay, run.total // recipe.run.batch))
@@ -151,24 +163,41 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
         identity = {"images": images.identity, "latents": rae.latent_identity}
         if run.checkpoint:
             run.resume(identity)
-            load_training_state(run.checkpoint / "train", model.network, optimizers)
+            load_weights(model.network, run.checkpoint / "train/weights.safetensors")
             for name, average in averages.items():
                 load_weights(average.network, run.checkpoint / name / WEIGHTS)
         if run.finished:
             return run.conclude()
-        network = run.accelerator.prepare(model.network)
+        network = _place(model, averages.values(), recipe.run, run)
+        optimizers = build_optimizers(recipe.optim, model.network.parameter_groups())
+        if run.checkpoint:
+            load_optimizers(optimizers, run.checkpoint / "train/optimizer.safetensors")
         if recipe.run.compile:
             network = torch.compile(network)  # after the EMA was copied: it averages the weights themselves
         predict = functools.partial(network, dtype=model.dtype, recompute=recipe.run.recompute)
         batches = _latents(recipe, rae, images, run)
 
-        def save_models(folder: Path) -> None:
-            for name, average in averages.items():
-                average.save_pretrained(folder / name)
+        def gather_models() -> Callable[[Path], None]:
+            """What writes the averages, put together by all processes, into a folder."""
+            models = {name: _whole(average, run) for name, average in averages.items()}
 
-        def save(folder: Path) -> None:
-            save_models(folder)
-            save_training_state(folder / "train", model.network, optimizers, run.state(identity))
+            def save_models(folder: Path) -> None:
+                for name, average in models.items():
+                    average.save_pretrained(folder / name)
+
+            return save_models
+
+        def gather() -> Callable[[Path], None]:
+            """The same for a whole checkpoint."""
+            save_models, state = gather_models(), run.state(identity)
+            weights = whole(model.network.state_dict(), keep=run.main)
+            moments = whole(optimizer_tensors(optimizers), keep=run.main)
+
+            def save(folder: Path) -> None:
+                save_models(folder)
+                save_training_state(folder / "train", weights, moments, state)
+
+            return save
 
         run.check_held_out(held_out, recipe.data, rae.image_size)
         run.begin()
@@ -195,15 +224,16 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
             # --- once in a while: log, evaluate, save -----------------------------------------------------------------
             if run.due("log"):
                 run.log(lr=lr)
-            if run.due("evaluate") and run.main:
+            if run.due("evaluate") and (shown := _whole(ema, run)):
+                shown.to(device)
                 if held_out:
-                    loss = _held_out_loss(ema, rae, held_out, recipe, run.leave_out)
+                    loss = _held_out_loss(shown, rae, held_out, recipe, run.leave_out)
                     run.judge(best_by="held_out_loss", held_out_loss=loss)
-                _save_sheet(ema, rae, recipe.sheet, run.folder / f"samples/{run.seen:09d}.png")
+                _save_sheet(shown, rae, recipe.sheet, run.folder / f"samples/{run.seen:09d}.png")
             if run.due("keep"):
-                run.keep(save_models)
+                run.keep(gather_models())
             if run.due("save"):
-                run.save(save)
+                run.save(gather())
         return run.conclude()
 
 
@@ -225,6 +255,29 @@ def _start_from(model: DiffusionModel, source: str, run: Run) -> None:
     except ValueError as error:
         raise ConfigError(f"network.init: {error}") from error
     run.warn("; ".join([f"the model starts from {source}", *changes]))
+
+
+def _place(model: DiffusionModel, averages: Iterable[DiffusionModel], config: DiTRunConfig, run: Run) -> nn.Module:
+    """Bring everything to this process's device; returns the network as the step calls it, alone or with the others."""
+    accelerator = run.accelerator
+    if config.sharding == "full" and accelerator.num_processes > 1:
+        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        for each in (model, *averages):
+            shard(each.network, mesh)
+        return model.network
+    if config.sharding == "full":
+        run.warn("run.sharding: full has no others to spread anything over: there is one process")
+    for each in (model, *averages):
+        each.to(accelerator.device)
+    return accelerator.prepare(model.network)
+
+
+def _whole(model: DiffusionModel, run: Run) -> DiffusionModel | None:
+    """The model for the main process, whose weights are whole, and None for the others; all must ask for it."""
+    if not is_sharded(model.network):
+        return model if run.main else None
+    weights = whole(model.network.state_dict(), keep=run.main)
+    return DiffusionModel.of_weights(model.config, weights, dtype=model.dtype) if run.main else None
 
 
 def _folders(decays: tuple[float, ...]) -> list[str]:

@@ -124,15 +124,37 @@ def lr_factor(
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * p))
 
 
-def learning_rate(config: OptimizerConfig, warmup: int, decay_end: int, step: int) -> float:
-    """The rate of step k = 0, 1, ... by a recipe whose durations are `warmup` and `decay_end` steps."""
+def learning_rate(config: OptimizerConfig, start: int, warmup: int, decay_end: int, step: int) -> float:
+    """The rate of a run's step k = start, start + 1, ... of an optimiser that makes its first one at `start`.
+
+    Its warm-up is `warmup` steps from there on, its decay ends at step `decay_end` of the run.
+    """
     return config.lr * lr_factor(
-        step,
+        step - start,
         schedule=config.schedule,
         warmup=warmup,
-        decay_end=decay_end,
+        decay_end=decay_end - start,
         final=(config.final_lr or config.lr) / config.lr,
         warmup_from_zero=config.warmup_from_zero,
+    )
+
+
+def schedule_warning(section: str, config: OptimizerConfig, begun: list[int], now: list[int], step: int) -> str | None:
+    """What to say where a longer run, or another duration, moves the learning rate of the step to come.
+
+    Args:
+        section: of the recipe.
+        config: that section.
+        begun, now: start, warm-up and end of the decay, in steps, as they were and as they are.
+        step: to come.
+    """
+    before, after = (learning_rate(config, *steps, max(step, steps[0])) for steps in (begun, now))
+    if before == after:
+        return None
+    return (
+        f"{section}: warm-up and decay were {begun[1]} and {begun[2]} steps, they are {now[1]} and {now[2]} now: the "
+        f"learning rate goes on at {after:.3g}, not {before:.3g}. {section}.warmup={begun[1]}st "
+        f"{section}.decay_end={begun[2]}st keep the old ones."
     )
 
 

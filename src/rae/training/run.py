@@ -25,8 +25,9 @@ from rae.processes import accelerator
 from rae.training.checkpoint import checkpoints, keep_models, newest_checkpoint, read_state, save_checkpoint
 from rae.training.display import progress
 from rae.training.durations import Duration, in_images
-from rae.training.optim import OptimizerConfig, learning_rate
+from rae.training.optim import OptimizerConfig, learning_rate, schedule_warning
 from rae.training.run_folder import TrainingError, check_recipe, claim, keep_recipe, size, truncate_log
+from rae.training.sharding import whole
 
 T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -151,7 +152,7 @@ class Run:
         )
         self._schedules[section] = [start, warmup, decay_end]
         self._optims[section] = config
-        return functools.partial(_learning_rate, config, start, warmup, decay_end)
+        return functools.partial(learning_rate, config, start, warmup, decay_end)
 
     def starts_at(self, key: str, duration: Duration, *, epoch: int) -> int:
         """Images after which a part of the training begins. To be asked for before `resume`, which compares it.
@@ -189,7 +190,8 @@ class Run:
         Raises:
             TrainingError: the norm is not finite.
         """
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip).item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
+        norm = whole({"norm": norm}, keep=True)["norm"].item()
         self._require_finite("gradient's norm", norm)
         for optimizer in optimizers:
             optimizer.step()
@@ -222,7 +224,7 @@ class Run:
         self._say(f"resumed at {self.seen:,} of {self.total:,} images")
         for section, steps in self._schedules.items():
             begun = state["schedules"][section]
-            self.warn(_schedule_warning(section, self._optims[section], begun, steps, self.step))
+            self.warn(schedule_warning(section, self._optims[section], begun, steps, self.step))
 
     def state(self, identity: dict[str, str]) -> dict[str, Any]:
         """What `resume` needs."""
@@ -413,22 +415,6 @@ class Run:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def _schedule_warning(section: str, config: OptimizerConfig, begun: list[int], now: list[int], step: int) -> str | None:
-    """What to say where a longer run, or another duration, moves the learning rate of the step to come."""
-    before, after = (_learning_rate(config, *steps, max(step, steps[0])) for steps in (begun, now))
-    if before == after:
-        return None
-    return (
-        f"{section}: warm-up and decay were {begun[1]} and {begun[2]} steps, they are {now[1]} and {now[2]} now: the "
-        f"learning rate goes on at {after:.3g}, not {before:.3g}. {section}.warmup={begun[1]}st "
-        f"{section}.decay_end={begun[2]}st keep the old ones."
-    )
-
-
-def _learning_rate(config: OptimizerConfig, start: int, warmup: int, decay_end: int, step: int) -> float:
-    return learning_rate(config, warmup, decay_end - start, step - start)
 
 
 def _check_trackers(trackers: tuple[str, ...]) -> None:

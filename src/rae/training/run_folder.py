@@ -23,7 +23,8 @@ from rae.folders import aside, checkpoints
 # What a resumed run may ask for differently: how long, how often, how it is watched, how fast images are decoded, and
 # where things lie; that they are the same things, checksums decide.
 FREE = {"run.duration", "run.log_every", "run.save_every", "run.evaluate_every", "run.keep", "run.trackers"}
-FREE |= {"run.evaluate_images", "run.keep_at", "sheet.images", "sheet.steps", "sheet.cfg", "data.workers"}
+FREE |= {"run.keep_at", "run.sharding"}  # what stays, and who holds which part: checkpoints are the same
+FREE |= {"run.evaluate_images", "sheet.images", "sheet.steps", "sheet.cfg", "data.workers"}
 FREE |= {"optim.warmup", "optim.decay_end", "encoder.name", "data.source", "data.held_out", "data.class_names", "rae"}
 FREE |= {f"loss.adversarial.discriminator.optim.{key}" for key in ("warmup", "decay_end")}
 # A start may be written differently where a longer run would move it; `Run.resume` sees to it that it does not move.
