@@ -25,7 +25,8 @@ def settings(network: dict | None = None, shift: float = 1.0, prediction: str = 
 def said(config: DiffusionModelConfig, z: torch.Tensor | None = None, **changes) -> list[str]:
     run = {"standardised": True, "steps": 1000, "warmup": 50}
     optim = OptimizerConfig(**{"lr": 1e-3} | changes.pop("optim", {}))
-    return check_settings(config, optim, latent_moments(latents() if z is None else z), **run | changes)
+    found = check_settings(config, optim, latent_moments(latents() if z is None else z), **run | changes)
+    return list(found.values())
 
 
 PUBLISHED = {"in_channels": 768, "grid": (16, 16)}

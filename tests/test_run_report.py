@@ -418,6 +418,12 @@ def test_a_loss_above_the_trivial_one_is_found_after_a_while(dit):
     assert not any("linear guess" in finding for finding in found(dit))  # the run's own figure counts
 
 
+def test_warnings_of_the_settings_are_repeated_and_those_of_losses_judged_anew(dit):
+    said = [{"about": "shift", "warning": "too little\nmore"}, {"about": "loss", "warning": "high\nlower"}]
+    write_log(dit, [{"images": 0} | said[0], *steady(), {"images": 48} | said[1]])
+    assert only(dit) == "too little\nmore"
+
+
 def test_an_average_that_is_too_long_or_lags_behind(dit):
     change_recipe(dit, optim__ema=0.99)
     both = {"held_out_loss": 1.5, "held_out_loss_online": 1.0}

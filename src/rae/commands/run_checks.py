@@ -180,6 +180,13 @@ def check_finite(run: RunRecord) -> Iterator[str]:
             return
 
 
+def check_warnings(run: RunRecord) -> Iterator[str]:
+    """What training said of its settings; what it said of its course may be past, and is judged anew."""
+    for line in run.lines:
+        if "warning" in line and line["about"] not in ("loss", "ema", "adversary"):
+            yield line["warning"]
+
+
 def check_loss(run: RunRecord) -> Iterator[str]:
     name = "l1" if isinstance(run.recipe, DecoderRecipe) else "loss"  # stage 1's loss changes when its terms begin
     parts = _fifths(run.values(name))
@@ -270,8 +277,8 @@ def findings(run: RunRecord) -> list[str]:
     """What is wrong with a run, and what to do; empty where nothing is."""
     checks = [check_recipe, check_version, check_checkpoints, check_pointers, check_log]
     if run.recipe and not run.missing_state:
-        checks += [check_end, check_disk, check_encoder, check_autoencoder, check_finite, check_loss, check_trivial]
-        checks += [check_held_out, check_average, check_speed, check_images, check_game]
+        checks += [check_end, check_disk, check_encoder, check_autoencoder, check_warnings, check_finite, check_loss]
+        checks += [check_trivial, check_held_out, check_average, check_speed, check_images, check_game]
     return [finding for check in checks for finding in check(run)]
 
 

@@ -25,8 +25,8 @@ def check_settings(
     standardised: bool,
     steps: int,
     warmup: int,
-) -> list[str]:
-    """What is wrong with a run that is about to start, nothing of which is an error that ends it.
+) -> dict[str, str]:
+    """What is wrong with the settings of a run that is about to start, by name; nothing of it is an error that ends it.
 
     Args:
         config: of the model.
@@ -36,14 +36,14 @@ def check_settings(
         steps: of the whole run.
         warmup: steps of the warm-up.
     """
-    found = (
-        _shift(config),
-        _statistics(moments, standardised),
-        _width(config, moments),
-        _learning_rate(config, optim),
-        _warmup(optim, steps, warmup),
-    )
-    return [message for message in found if message]
+    found = {
+        "shift": _shift(config),
+        "statistics": _statistics(moments, standardised),
+        "width": _width(config, moments),
+        "learning_rate": _learning_rate(config, optim),
+        "warmup": _warmup(optim, steps, warmup),
+    }
+    return {name: message for name, message in found.items() if message}
 
 
 def patience(steps: int, warmup: int) -> int:
