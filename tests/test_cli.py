@@ -252,3 +252,10 @@ def test_verify_passes_its_status_on(run):
 
 if __name__ == "__main__":
     print(help_text(), end="")
+
+
+def test_doctor_of_a_run(refused, runs, tmp_path):
+    assert "not the folder of a run" in refused("doctor", tmp_path)
+    result = invoke("doctor", runs / "dit")
+    assert result.exit_code == 1, result.output  # its average is longer than its six steps
+    assert "6 steps, " in result.output

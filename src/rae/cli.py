@@ -97,11 +97,22 @@ def encoders() -> None:
 
 
 @rae.command()
-def doctor() -> None:
-    """Tell what this machine can do: devices, precision, memory, packages, weights."""
-    from rae.commands.doctor import print_machine
+@click.argument("run", required=False, type=click.Path(path_type=Path))
+@click.pass_context
+def doctor(context: click.Context, run: Path | None) -> None:
+    """Tell what this machine can do, or what is wrong with a RUN.
 
-    print_machine()
+    Without RUN: devices, precision, memory, packages, weights. RUN is the folder of a training run of either stage, at
+    work, finished or copied; nothing in it is changed. Exit status: 0 nothing is wrong, 1 something is, 2 it is no run.
+    """
+    if run is None:
+        from rae.commands.doctor import print_machine
+
+        print_machine()
+        return
+    from rae.commands.run_report import print_report
+
+    context.exit(1 if print_report(run) else 0)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
