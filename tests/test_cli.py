@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from conftest import invoke
 from PIL import Image
 from safetensors import safe_open
-from tiny import decoder_recipe
+from tiny import decoder_recipe, same_bits
 
 import rae.cli
 from rae import RAE, DiffusionModel, LatentStats, generate
@@ -259,3 +259,14 @@ def test_doctor_of_a_run(refused, runs, tmp_path):
     result = invoke("doctor", runs / "dit")
     assert result.exit_code == 1, result.output  # its average is longer than its six steps
     assert "6 steps, " in result.output
+
+
+def test_a_cache_of_a_recipe_trains_the_same(run, refused, runs, tmp_path):
+    cache = tmp_path / "cache"
+    printed = run("cache", runs / "dit.yaml", "--dtype", "fp32", "--out", cache)
+    assert "nothing lost" in printed
+    for latents in ("memory", cache):
+        run("train-dit", runs / "dit.yaml", f"latents={latents}", "--out", tmp_path / f"{Path(latents).name}-run")
+    assert same_bits(tmp_path / "memory-run", tmp_path / "cache-run")
+    other = ["train-dit", runs / "dit.yaml", f"latents={cache}", "data.held_out=0.2", "--out", tmp_path / "other"]
+    assert f"{cache} holds latents of" in refused(*other)

@@ -14,7 +14,7 @@ from rae.cli import rae
 from rae.config import Config, _configs_in
 from rae.data.image_set import read_image
 from rae.training.decoder import DecoderRecipe
-from rae.training.dit import DiTRecipe
+from rae.training.dit_recipe import DiTRecipe
 from rae.training.run_folder import FREE
 
 ROOT = Path(__file__).parent.parent

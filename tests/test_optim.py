@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rae.config import ConfigError, parse
-from rae.training.dit import DiTOptimConfig
+from rae.training.dit_recipe import DiTOptimConfig
 from rae.training.durations import in_images
 from rae.training.optim import (
     OptimConfig,

@@ -14,7 +14,7 @@ from rae.autoencoder.encoders import EncoderConfig, _input_size
 from rae.autoencoder.families import ENCODERS
 from rae.config import load_recipe
 from rae.training.decoder import DecoderRecipe, _check_sizes
-from rae.training.dit import DiTRecipe
+from rae.training.dit_recipe import DiTRecipe
 from rae.training.durations import in_images
 
 ROOT = Path(__file__).parent.parent

@@ -21,7 +21,8 @@ from rae.config import ConfigError, load_recipe, parse
 from rae.diffusion.dit import DiT, DiTDHConfig, build
 from rae.processes import accelerator
 from rae.training.decoder import train_decoder
-from rae.training.dit import DiTRecipe, train_dit
+from rae.training.dit import train_dit
+from rae.training.dit_recipe import DiTRecipe
 from rae.training.optim import make_ema, update_ema
 from rae.training.sharding import is_sharded, part_for, shard, whole
 

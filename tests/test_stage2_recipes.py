@@ -15,7 +15,7 @@ from test_recipes import IMAGENET, ROOT, describe, each, header, load, vit
 from rae.autoencoder.baselines import is_baseline
 from rae.diffusion.dit import DIT_SIZES, DiTConfig, DiTDHConfig, build
 from rae.diffusion.model import DiffusionModelConfig
-from rae.training.dit import DiTRecipe, _describe
+from rae.training.dit_recipe import DiTRecipe, describe_model
 
 PUBLISHED = sorted((ROOT / "recipes/stage2").glob("*.yaml"))
 GOLDEN = json.loads((ROOT / "tests/golden/param_counts.json").read_text())["models"]
@@ -55,7 +55,7 @@ class Space:
 def described(path: Path) -> tuple[DiTRecipe, Space, DiffusionModelConfig]:
     recipe = load(path)
     space = Space(recipe.rae)
-    return recipe, space, _describe(recipe, space, None if recipe.network.unconditional else CLASSES)
+    return recipe, space, describe_model(recipe, space, None if recipe.network.unconditional else CLASSES)
 
 
 @functools.cache

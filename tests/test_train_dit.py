@@ -14,7 +14,8 @@ from rae.config import ConfigError, load_recipe
 from rae.data.images import open_split
 from rae.data.order import image_index, mirrored, noise_draws
 from rae.training.decoder import DecoderRecipe, train_decoder
-from rae.training.dit import DiTRecipe, train_dit
+from rae.training.dit import train_dit
+from rae.training.dit_recipe import DiTRecipe
 from rae.training.latents import cache_latents, cached_latents
 from rae.training.run import Run
 from rae.training.run_folder import TrainingError

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from rae.training.decoder import DecoderRecipe
-from rae.training.dit import DiTRecipe
+from rae.training.dit_recipe import DiTRecipe
 
 
 def picture(seed: int) -> np.ndarray:
@@ -94,7 +94,8 @@ import sys
 from rae.config import load_recipe
 from rae.processes import process_state
 from rae.training.decoder import DecoderRecipe, train_decoder
-from rae.training.dit import DiTRecipe, train_dit
+from rae.training.dit import train_dit
+from rae.training.dit_recipe import DiTRecipe
 
 stage, processes, *runs = sys.argv[1:]
 schema, train = {"1": (DecoderRecipe, train_decoder), "2": (DiTRecipe, train_dit)}[stage]

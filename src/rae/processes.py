@@ -1,10 +1,14 @@
 """This process among those that `torchrun` or `accelerate launch` started."""
 
 import os
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin
+
+# How long processes wait for each other: one encodes, evaluates and writes for all of them, now and then for long.
+PATIENCE = timedelta(hours=6)
 
 
 class ProcessError(RuntimeError):
@@ -17,7 +21,7 @@ def process_state() -> PartialState:
     Raises:
         ProcessError: the launcher started more processes than have found each other. Each would do all the work.
     """
-    return _check(PartialState(cpu=_together_on_cpu()))
+    return _check(PartialState(cpu=_together_on_cpu(), **({"timeout": PATIENCE} if _started() > 1 else {})))
 
 
 def accelerator(**settings) -> Accelerator:
@@ -32,6 +36,7 @@ def accelerator(**settings) -> Accelerator:
     Raises:
         ProcessError: as `process_state`.
     """
+    process_state()  # which sets how long they wait
     accelerator = Accelerator(
         cpu=_together_on_cpu(),
         mixed_precision="no",

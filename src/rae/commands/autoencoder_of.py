@@ -8,7 +8,7 @@ from rae.autoencoder.baselines import Autoencoder, is_baseline, open_autoencoder
 from rae.config import ConfigError, load_recipe
 from rae.diffusion.model import DiffusionModel
 from rae.sources import SourceError
-from rae.training.dit import DiTRecipe
+from rae.training.dit_recipe import DiTRecipe
 
 
 def autoencoder_of(model: DiffusionModel, run: str | Path, say: Callable[[str], object]) -> tuple[str, Autoencoder]:

@@ -18,7 +18,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from rae.autoencoder.rae import RAE
+from rae.autoencoder.baselines import Autoencoder, open_autoencoder
 from rae.config import read_json
 from rae.data.images import DataConfig, Views, loader, open_split, to_unit
 from rae.data.latent_format import (
@@ -80,7 +80,7 @@ def write_cache(
     out = Path(out)
     check_crop("latents", data, str(out))
     state, (images, _) = process_state(), open_split(data)
-    rae = RAE.from_pretrained(model).to(state.device)
+    rae = open_autoencoder(model).to(state.device)
     settings = CacheSettings(
         autoencoder=str(model),
         class_names=images.class_names,
@@ -107,9 +107,11 @@ def write_cache(
     return out
 
 
-def _write_shards(numbers: list[int], rae: RAE, crops: Views, settings: CacheSettings, out: Path, batch: int) -> None:
+def _write_shards(
+    numbers: list[int], rae: Autoencoder, crops: Views, settings: CacheSettings, out: Path, batch: int
+) -> None:
     """Encode and write these shards, each whole or not at all."""
-    names, device = crops.images.names, next(rae.parameters()).device
+    names, device = crops.images.names, next(rae.decoder.parameters()).device
     every = settings.spans
     spans = [every[number] for number in numbers]
     chunks = [[span[start : start + batch] for start in range(0, len(span), batch)] for span in spans]

@@ -24,7 +24,7 @@ from rae.folders import find_folder, load_tensors
 from rae.training.adversarial import health
 from rae.training.decoder import DecoderRecipe
 from rae.training.diagnosis import lag_warning, trivial_warning
-from rae.training.dit import DiTRecipe
+from rae.training.dit_recipe import DiTRecipe
 from rae.training.objective import PATIENCE
 from rae.training.optim import ema_warning
 from rae.training.run_folder import size

@@ -14,7 +14,7 @@ from rae.folders import checkpoints
 from rae.training.checkpoint import find_damage, read_state
 from rae.training.decoder import DecoderRecipe
 from rae.training.diagnosis import patience
-from rae.training.dit import DiTRecipe
+from rae.training.dit_recipe import DiTRecipe
 from rae.training.durations import in_images
 
 STATE = {"images", "identity", "schedules", "starts"}  # of `Run.state`, what is looked at here

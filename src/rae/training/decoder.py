@@ -22,7 +22,6 @@ from rae.data.order import noise_draws
 from rae.evaluation.frechet import Moments, frechet_distance
 from rae.evaluation.reconstruction import WINDOW, psnr, ssim
 from rae.training.checkpoint import load_optimizers, load_weights, optimizer_tensors, save_training_state
-from rae.training.display import save_sheet
 from rae.training.latents import cache_tokens, check_crop, latent_statistics
 from rae.training.objective import LossConfig, Objective, Part
 from rae.training.optim import (
@@ -207,11 +206,11 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path) -> Path:
 
             # --- once in a while: log, evaluate, save -----------------------------------------------------------------
             if run.due("log"):
-                run.warn(objective.health(run.log(lr=lr)))
+                run.tell(adversary=objective.health(run.log(lr=lr)))
             if run.due("evaluate") and run.main:
                 if held_out:
                     run.judge(best_by="held_out_fd", **_evaluate(rae, held_out, recipe, run.leave_out))
-                _save_sheet(rae, held_out or images, recipe, run.folder / f"samples/{run.seen:09d}.png")
+                run.show(_reconstructions(rae, held_out or images, recipe))
             if run.due("keep"):
                 run.keep(save_model)
             if run.due("save"):
@@ -292,11 +291,11 @@ def _evaluate(rae: RAE, images: Images, recipe: DecoderRecipe, left_out: Callabl
     return means
 
 
-def _save_sheet(rae: RAE, images: Images, recipe: DecoderRecipe, path: Path) -> None:
-    """The first eight images, above their reconstructions."""
+def _reconstructions(rae: RAE, images: Images, recipe: DecoderRecipe) -> list[torch.Tensor]:
+    """Rows: the first eight images, and their reconstructions."""
     views = Views(images, recipe.data, rae.output_size)
     image = to_unit(torch.stack([views[i]["image"] for i in range(min(8, len(images)))]))
-    save_sheet([image, _reconstruct(rae, image.to(next(rae.decoder.parameters()).device)).cpu()], path)
+    return [image, _reconstruct(rae, image.to(next(rae.decoder.parameters()).device)).cpu()]
 
 
 @torch.no_grad()

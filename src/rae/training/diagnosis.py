@@ -5,10 +5,11 @@ run's folder afterwards. A discriminator's health is in adversarial.py.
 """
 
 import math
+from typing import NamedTuple
 
 from rae.diffusion.flow import shift_factor
 from rae.diffusion.model import DiffusionModelConfig
-from rae.evaluation.flow_loss import LatentMoments, mean_trivial_loss, width_bound
+from rae.evaluation.flow_loss import HeldOutLoss, LatentMoments, mean_trivial_loss, width_bound
 from rae.training.optim import OptimizerConfig
 
 LOOK = 64  # latents that settings are judged by
@@ -22,7 +23,7 @@ def check_settings(
     optim: OptimizerConfig,
     moments: LatentMoments,
     *,
-    standardised: bool,
+    standardised: bool | None,
     steps: int,
     warmup: int,
 ) -> dict[str, str]:
@@ -32,13 +33,13 @@ def check_settings(
         config: of the model.
         optim: how it is trained.
         moments: of the first `LOOK` latents.
-        standardised: whether the autoencoder has latent statistics.
+        standardised: whether the autoencoder has latent statistics; None for one that has no use for them.
         steps: of the whole run.
         warmup: steps of the warm-up.
     """
     found = {
         "shift": _shift(config),
-        "statistics": _statistics(moments, standardised),
+        "statistics": None if standardised is None else _statistics(moments, standardised),
         "width": _width(config, moments),
         "learning_rate": _learning_rate(config, optim),
         "warmup": _warmup(optim, steps, warmup),
@@ -97,6 +98,43 @@ def lag_warning(average: float, online: float, *, decay: float, step: int) -> st
         f"{online:.4g}. EMA with decay {decay:g} reaches back {horizon:,.0f} steps, {step:,} are made.\n{advice} What "
         "is saved, sampled and shown in samples/ is the average."
     )
+
+
+class Health(NamedTuple):
+    """What a run's losses are judged by while it trains.
+
+    Attributes:
+        trivial: `mean_trivial_loss` of its flow and latents.
+        bound: `width_bound` of its network, 0 where that is wide enough.
+        judged_from: step, by `patience`.
+        decay: of the average that is the model.
+    """
+
+    trivial: float
+    bound: float
+    judged_from: int
+    decay: float
+
+    @classmethod
+    def of(
+        cls, config: DiffusionModelConfig, moments: LatentMoments, *, decay: float, steps: int, warmup: int
+    ) -> "Health":
+        """By the model and the moments of its latents; `steps` and `warmup` as for `check_settings`."""
+        trivial = mean_trivial_loss(config.flow, moments.variance)
+        bound = width_bound(moments.covariance, config.network.output_width, config.flow.prediction)
+        return cls(trivial, bound, patience(steps, warmup), decay)
+
+    def of_loss(self, loss: float, step: int) -> str | None:
+        """`trivial_warning` of the training loss, once its time has come."""
+        if step < self.judged_from:
+            return None
+        return trivial_warning(loss, self.trivial, step=step, bound=self.bound)
+
+    def of_average(self, found: HeldOutLoss, step: int) -> str | None:
+        """`lag_warning` of both held-out losses, once their time has come."""
+        if step < self.judged_from:
+            return None
+        return lag_warning(found.loss, found.online, decay=self.decay, step=step)
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

@@ -51,14 +51,19 @@ def progress(
         yield lambda done, note="": bar.update(task, completed=done, speed=speed(done), note=note)
 
 
-def save_sheet(rows: list[torch.Tensor], path: Path) -> None:
+def save_sheet(rows: list[torch.Tensor], path: Path) -> np.ndarray:
     """Images side by side as one PNG.
 
     Args:
         rows: each a batch [B, 3, h, w] in [0, 1] (values outside are clamped), one row of the sheet.
         path: of the PNG.
+
+    Returns:
+        The sheet, uint8 [R*h, B*w, 3].
     """
     # rows of [B,3,h,w] -> one picture [R*h, B*w, 3]
     sheet = torch.cat([torch.cat(list(to_bytes(row)), dim=2) for row in rows], dim=1).permute(1, 2, 0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.ascontiguousarray(sheet.cpu().numpy())).save(path)
+    picture = np.ascontiguousarray(sheet.cpu().numpy())
+    Image.fromarray(picture).save(path)
+    return picture

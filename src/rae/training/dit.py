@@ -6,123 +6,30 @@ images --Stream--> [0,1] images [B,3,H,W] --RAE.encode--> latents [B,C,h,w] --Fl
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from rae.autoencoder.baselines import Autoencoder, open_autoencoder
 from rae.autoencoder.rae import RAE
-from rae.config import Config, ConfigError, parse
-from rae.data.images import DataConfig, Images, Stream, loader, open_split, readable, to_unit
+from rae.config import ConfigError
+from rae.data.images import Images, Stream, loader, open_split, readable, to_unit
+from rae.data.latent_cache import StoredLatents
 from rae.data.order import noise_draws
-from rae.diffusion.dit import DIT_SIZES, HEAD_SIZE
-from rae.diffusion.flow import Flow
 from rae.diffusion.guidance import CFG, drop_labels
-from rae.diffusion.model import WEIGHTS, DiffusionModel, DiffusionModelConfig
+from rae.diffusion.model import WEIGHTS, DiffusionModel
 from rae.diffusion.sampling import generate
+from rae.evaluation.flow_loss import Batch, LatentMoments, latent_moments, loss_by_time
 from rae.training.checkpoint import load_optimizers, load_weights, optimizer_tensors, save_training_state
-from rae.training.display import save_sheet
-from rae.training.latents import Parts, cache_latents, cached_latents, check_crop, online_latents
-from rae.training.optim import Decays, OptimizerConfig, build_optimizers, ema_warning, make_ema, set_lr, update_ema
-from rae.training.run import DTYPES, Run, RunConfig
+from rae.training.diagnosis import LOOK, Health, check_settings
+from rae.training.dit_recipe import DiTRecipe, DiTRunConfig, SheetConfig, describe_model
+from rae.training.latents import Parts, cache_latents, cached_latents, online_latents, stored_latents
+from rae.training.optim import build_optimizers, ema_warning, make_ema, set_lr, update_ema
+from rae.training.run import DTYPES, Run
 from rae.training.sharding import is_sharded, shard, whole
 
 _FIXED = 2**32  # the seed of held-out figures and sheets, the same in every run and apart from any run's own
-
-
-class NetworkConfig(Config):
-    """Which network; its channels, grid and classes come from the autoencoder and the images."""
-
-    kind: Literal["dit", "dit-dh"]
-    size: Literal[tuple(DIT_SIZES)] | tuple[PositiveInt, PositiveInt, PositiveInt]  # Table 13, or [width, heads, depth]
-    head: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None  # dit-dh's, the same three; None = the paper's
-    patch_size: PositiveInt = 1
-    mlp_ratio: float = Field(4.0, gt=0)
-    qk_norm: bool = False
-    unconditional: bool = False  # leave the classes of the images alone
-    allow_narrow: bool = False  # narrower than the latents have channels, against Theorem 1
-    init: str | None = None  # model (folder or hub id) whose weights this one starts from; None = begin anew
-
-    def describe(self, shape: tuple[int, int, int], num_classes: int) -> dict[str, Any]:
-        """The `DiTConfig` or `DiTDHConfig` for latents (C, h, w), as data."""
-        width, heads, depth = DIT_SIZES[self.size] if isinstance(self.size, str) else self.size
-        settings = self.model_dump(include={"kind", "patch_size", "mlp_ratio", "qk_norm", "allow_narrow"})
-        settings |= {"in_channels": shape[0], "grid": shape[1:], "num_classes": num_classes}
-        settings |= {"width": width, "heads": heads, "depth": depth}
-        if self.kind == "dit-dh":
-            settings |= dict(zip(("head_width", "head_heads", "head_depth"), self.head or HEAD_SIZE))
-        return settings
-
-
-class FlowConfig(Config):
-    """The flow; its shift is sqrt(C h w / shift_base) of the latents (Sec. 4.2)."""
-
-    prediction: Literal["v", "x", "eps"] = "v"
-    time_law: Literal["uniform", "logit-normal"] = "uniform"
-    logit_mean: float = 0.0
-    logit_std: float = Field(1.0, gt=0)
-    shift_base: PositiveInt = 4096
-
-
-class DiTOptimConfig(OptimizerConfig):
-    """Those of stage 2, which may average the weights in several ways at once."""
-
-    ema: Decays  # decay of the weights' moving average; or several, of which the first one's is the model
-
-
-class SheetConfig(Config):
-    """Sheets of samples: a row for the first classes, a second one guided."""
-
-    images: PositiveInt = 10
-    steps: int = Field(50, ge=2)
-    cfg: NonNegativeFloat | None = None  # scale of the second row; None = no second row
-
-
-class DiTRunConfig(RunConfig):
-    """That of stage 2, whose networks may be too large for a card."""
-
-    sharding: Literal["none", "full"] = "none"  # full: weights, averages, moments spread over the processes (FSDP2)
-
-
-class DiTRecipe(Config):
-    """Everything that stage 2 is a function of."""
-
-    seed: int = Field(0, ge=0, lt=2**63)
-    rae: str  # folder or hub id of the autoencoder
-    data: DataConfig
-    latents: Literal["online", "memory"] = "online"  # encode at every step, or once and keep (small sets)
-    network: NetworkConfig
-    flow: FlowConfig = FlowConfig()
-    drop_labels: float = Field(0.1, ge=0, le=1)  # how often the null label takes a label's place
-    optim: DiTOptimConfig
-    sheet: SheetConfig = SheetConfig()
-    run: DiTRunConfig
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_this_stage(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "decoder" in data:
-            raise ValueError("this is a recipe of stage 1; `rae train-decoder` takes it")
-        return data
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "DiTRecipe":
-        if self.latents == "memory":
-            check_crop("latents", self.data)
-        if self.network.kind == "dit" and self.network.head:
-            raise ValueError(f"network.head {self.network.head} belongs to dit-dh, network.kind is dit; change either")
-        if self.sheet.cfg is not None and self.network.unconditional:
-            raise ValueError(f"sheet.cfg {self.sheet.cfg} guides by classes, which network.unconditional ignores")
-        if self.sheet.cfg is not None and self.drop_labels == 0:
-            raise ValueError(f"sheet.cfg {self.sheet.cfg} needs the null label, which drop_labels 0 never trains")
-        if self.run.sharding == "full" and self.optim.name == "muon":
-            raise ValueError(
-                "optim.name muon computes with whole matrices, of which run.sharding full leaves each process a part; "
-                "take optim.name=adamw, or run.sharding=none"
-            )
-        return self
 
 
 def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
@@ -136,16 +43,18 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        ConfigError, ImageError, TrainingError, CheckpointError: before anything is computed, with what to do; or
-            TrainingError where the loss is not finite, CheckpointError where the disk is full.
+        ConfigError, ImageError, CacheError, TrainingError, CheckpointError: before anything is computed, with what to
+            do; or TrainingError where the loss is not finite, CheckpointError where the disk is full.
         SystemExit: Ctrl-C or SIGTERM, after saving.
     """
     # --- validate -----------------------------------------------------------------------------------------------------
     images, held_out = open_split(recipe.data)
     with Run(folder, recipe, epoch=len(images)) as run:
         device = run.accelerator.device
-        rae = RAE.from_pretrained(recipe.rae).to(device)
-        config = _describe(recipe, rae, None if recipe.network.unconditional else images.class_names)
+        rae = open_autoencoder(recipe.rae).to(device)
+        on_disk = recipe.latents not in ("online", "memory")
+        stored = stored_latents(recipe.latents, rae, images, recipe.data) if on_disk else None
+        config = describe_model(recipe, rae, None if recipe.network.unconditional else images.class_names)
 
         # --- construct ------------------------------------------------------------------------------------------------
         torch.manual_seed(recipe.seed)
@@ -161,6 +70,7 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
 
         # --- load -----------------------------------------------------------------------------------------------------
         identity = {"images": images.identity, "latents": rae.latent_identity}
+        identity["cache"] = stored.config.identity if stored else recipe.latents
         if run.checkpoint:
             run.resume(identity)
             load_weights(model.network, run.checkpoint / "train/weights.safetensors")
@@ -175,7 +85,7 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
         if recipe.run.compile:
             network = torch.compile(network)  # after the EMA was copied: it averages the weights themselves
         predict = functools.partial(network, dtype=model.dtype, recompute=recipe.run.recompute)
-        batches = _latents(recipe, rae, images, run)
+        batches = _latents(recipe, rae, images, stored, run)
 
         def gather_models() -> Callable[[Path], None]:
             """What writes the averages, put together by all processes, into a folder."""
@@ -200,7 +110,13 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
             return save
 
         run.check_held_out(held_out, recipe.data, rae.image_size)
+        moments = _look(recipe, rae, held_out or images)
+        standardised = rae.latent_mean is not None if isinstance(rae, RAE) else None
+        schedule = {"steps": run.total // recipe.run.batch, "warmup": run.warmup("optim")}
+        health = Health.of(config, moments, decay=recipe.optim.ema[0], **schedule)
+        doubts = check_settings(config, recipe.optim, moments, standardised=standardised, **schedule)
         run.begin()
+        run.tell(**doubts)
         for parts in batches:
             # --- single training step ---------------------------------------------------------------------------------
             lr, total = learning_rate(run.step), torch.zeros(1, device=device)
@@ -223,30 +139,23 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
 
             # --- once in a while: log, evaluate, save -----------------------------------------------------------------
             if run.due("log"):
-                run.log(lr=lr)
-            if run.due("evaluate") and (shown := _whole(ema, run)):
-                shown.to(device)
-                if held_out:
-                    loss = _held_out_loss(shown, rae, held_out, recipe, run.leave_out)
-                    run.judge(best_by="held_out_loss", held_out_loss=loss)
-                _save_sheet(shown, rae, recipe.sheet, run.folder / f"samples/{run.seen:09d}.png")
+                run.tell(loss=health.of_loss(run.log(lr=lr)["loss"], run.step))
+            if run.due("evaluate"):
+                shown, online = (_whole(m, run) for m in (ema, model))
+                if shown:
+                    shown, online = shown.to(device), online.to(device)
+                    if held_out:
+                        count = min(len(held_out), recipe.run.evaluate_images)
+                        kept_back = _held_out(recipe, rae, held_out, count, run.leave_out)
+                        found = loss_by_time(shown, kept_back, count=count, seed=_FIXED, online=online)
+                        run.judge(best_by="held_out_loss", **found.figures(config, moments))
+                        run.tell(ema=health.of_average(found, run.step))
+                    run.show(_samples(shown, rae, recipe.sheet))
             if run.due("keep"):
                 run.keep(gather_models())
             if run.due("save"):
                 run.save(gather())
         return run.conclude()
-
-
-def _describe(recipe: DiTRecipe, rae: RAE, class_names: list[str] | None) -> DiffusionModelConfig:
-    flow = Flow.for_latents(rae.latent_shape, recipe.flow.shift_base, **recipe.flow.model_dump(exclude={"shift_base"}))
-    data = {
-        "network": recipe.network.describe(rae.latent_shape, len(class_names or ())),
-        "flow": flow.model_dump(),
-        "latent_identity": rae.latent_identity,
-        "class_names": class_names,
-        "drop_labels": recipe.drop_labels if class_names else None,
-    }
-    return parse(DiffusionModelConfig, data, "the model that network and flow of the recipe describe")
 
 
 def _start_from(model: DiffusionModel, source: str, run: Run) -> None:
@@ -285,39 +194,41 @@ def _folders(decays: tuple[float, ...]) -> list[str]:
     return ["model", *(f"model-ema{decay}" for decay in decays[1:])]
 
 
-def _latents(recipe: DiTRecipe, rae: RAE, images: Images, run: Run) -> Iterator[Parts]:
+def _latents(
+    recipe: DiTRecipe, rae: Autoencoder, images: Images, stored: StoredLatents | None, run: Run
+) -> Iterator[Parts]:
     """The coming steps' latents, in the order of the stream."""
-    if recipe.latents == "memory":
-        cache = cache_latents(rae, images, recipe.data, batch=run.micro_batch)
+    if recipe.latents != "online":
+        cache = stored or cache_latents(rae, images, recipe.data, batch=run.micro_batch)
         return cached_latents(cache, run.positions(), recipe.seed, run.micro_batch, run.accelerator.device)
     stream = Stream(images, recipe.data, rae.image_size, recipe.seed)
     return online_latents(rae, run.watch_broken(stream, loader(stream, run.positions(), recipe.data)), run.micro_batch)
 
 
-@torch.no_grad()
-def _held_out_loss(
-    model: DiffusionModel, rae: RAE, images: Images, recipe: DiTRecipe, left_out: Callable[[str], object]
-) -> float:
-    """Mean loss over held-out images, with the same noise and times every time and no label dropped."""
-    count, losses = min(len(images), recipe.run.evaluate_images), []
+def _held_out(
+    recipe: DiTRecipe, rae: Autoencoder, images: Images, count: int, left_out: Callable[[str], object]
+) -> Iterator[Batch]:
+    """Latents, labels and numbers of the first `count` images, no label dropped."""
+    device = next(rae.decoder.parameters()).device
     for batch in readable(images, recipe.data, rae.image_size, range(count), batch=64, left_out=left_out):
-        latents = rae.encode(to_unit(batch["image"].to(model.device)))
-        draws = noise_draws(batch["index"].tolist(), _FIXED, rae.latent_shape)
-        noise, u = (draw.to(model.device) for draw in draws)
-        labels = batch["label"].to(model.device)
+        labels = batch["label"].to(device)
         if recipe.network.unconditional:
-            labels = torch.full_like(labels, model.null_label)
-        losses.append(model.flow.loss(model.predict, latents, labels, model.flow.times(u[:, 0]), noise))
-    return float(torch.cat(losses).mean())
+            labels = torch.zeros_like(labels)  # the null label of a model without classes
+        yield rae.encode(to_unit(batch["image"].to(device))), labels, batch["index"].tolist()
 
 
-def _save_sheet(model: DiffusionModel, rae: RAE, sheet: SheetConfig, path: Path) -> None:
-    """Samples of the first classes, each from a seed of its own."""
+def _look(recipe: DiTRecipe, rae: Autoencoder, images: Images) -> LatentMoments:
+    """Moments of the first few latents, by which settings and losses are judged."""
+    latents, _, _ = next(_held_out(recipe, rae, images, min(len(images), LOOK), lambda _: None))
+    return latent_moments(latents, recipe.network.patch_size)
+
+
+def _samples(model: DiffusionModel, rae: Autoencoder, sheet: SheetConfig) -> list[torch.Tensor]:
+    """Rows of samples of the first classes, each from a seed of its own."""
     classes = model.config.network.num_classes
     labels = [i % classes for i in range(sheet.images)] if classes else None
     guided = [CFG(sheet.cfg)] if sheet.cfg is not None and classes else []
-    rows = [
+    return [
         torch.cat([b.images for b in generate(model, rae, labels, range(sheet.images), steps=sheet.steps, guidance=g)])
         for g in [None, *guided]
     ]
-    save_sheet(rows, path)

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from rae import processes
+from rae.autoencoder.baselines import Autoencoder
 from rae.autoencoder.encoders import Encoder
 from rae.autoencoder.latents import LatentStats
 from rae.autoencoder.rae import RAE
@@ -95,7 +96,7 @@ def check_crop(what: Literal["tokens", "latents"], data: DataConfig, kept: str =
         raise ConfigError(f"{what}: {kept} holds each image once, data.crop: random never ends; set {what}: online.")
 
 
-def cache_latents(rae: RAE, images: Images, data: DataConfig, *, batch: int = 64) -> LatentCache:
+def cache_latents(rae: Autoencoder, images: Images, data: DataConfig, *, batch: int = 64) -> LatentCache:
     """Encode every image once, centre-cropped, and mirrored as well if `data.flip`.
 
     Raises:
@@ -149,11 +150,11 @@ def _cache(
     return cache
 
 
-def origin_of(rae: RAE, images: Images, data: DataConfig) -> Origin:
+def origin_of(rae: Autoencoder, images: Images, data: DataConfig) -> Origin:
     """What decides the latents of a run or cache."""
     return Origin(
         latents=rae.latent_identity,
-        encoder=rae.encoder.checksum(),
+        encoder=rae.encoder.checksum() if isinstance(rae, RAE) else rae.latent_identity,
         images=images.identity,
         labels=hashlib.sha256(np.asarray(images.labels, np.int64).tobytes()).hexdigest(),
         image_size=rae.image_size,
@@ -162,7 +163,7 @@ def origin_of(rae: RAE, images: Images, data: DataConfig) -> Origin:
     )
 
 
-def stored_latents(folder: str | Path, rae: RAE, images: Images, data: DataConfig) -> StoredLatents:
+def stored_latents(folder: str | Path, rae: Autoencoder, images: Images, data: DataConfig) -> StoredLatents:
     """The latents of a run, from a cache on the disk.
 
     Raises:
@@ -200,17 +201,17 @@ def _ahead(take: Callable[[range], T], parts: Iterable[range]) -> Iterator[T]:
             yield coming.result()
 
 
-def online_latents(rae: RAE, batches: Iterable[dict[str, torch.Tensor]], micro_batch: int) -> Iterator[Parts]:
+def online_latents(rae: Autoencoder, batches: Iterable[dict[str, torch.Tensor]], micro_batch: int) -> Iterator[Parts]:
     """For each batch of a `Stream`: its parts of at most `micro_batch` images, encoded when they are asked for."""
     for batch in batches:
         columns = (batch[name].split(micro_batch) for name in ("image", "label", "position"))
         yield (_encode(rae, *part) for part in zip(*columns))
 
 
-def _encode(rae: RAE, image: torch.Tensor, label: torch.Tensor, position: torch.Tensor) -> Part:
+def _encode(rae: Autoencoder, image: torch.Tensor, label: torch.Tensor, position: torch.Tensor) -> Part:
     device = _device(rae)
     return rae.encode(to_unit(image.to(device))), label.to(device), position.tolist()
 
 
-def _device(rae: RAE) -> torch.device:
+def _device(rae: Autoencoder) -> torch.device:
     return next(rae.decoder.parameters()).device

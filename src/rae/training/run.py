@@ -23,7 +23,7 @@ from rae.data.images import DataConfig, Images, Stream, readable
 from rae.data.order import batch_positions, image_index
 from rae.processes import accelerator
 from rae.training.checkpoint import checkpoints, keep_models, newest_checkpoint, read_state, save_checkpoint
-from rae.training.display import progress
+from rae.training.display import progress, save_sheet
 from rae.training.durations import Duration, in_images
 from rae.training.optim import OptimizerConfig, learning_rate, schedule_warning
 from rae.training.run_folder import TrainingError, check_recipe, claim, keep_recipe, size, truncate_log
@@ -101,6 +101,7 @@ class Run:
         self._best, self._best_at = math.inf, None  # of the figure that `judge` compares, and where it was
         self._starts: dict[str, int] = {}
         self._schedules, self._optims, self._broken, self._newly_broken = {}, {}, set(), set()
+        self._epoch, self._told = epoch, set()
 
     def __enter__(self) -> "Run":
         """Claim the folder, compare the recipe with the one it was begun with, find the checkpoint to go on from.
@@ -154,6 +155,10 @@ class Run:
         self._optims[section] = config
         return functools.partial(learning_rate, config, start, warmup, decay_end)
 
+    def warmup(self, section: str) -> int:
+        """Steps of the warm-up, once `learning_rate` was asked for."""
+        return self._schedules[section][1]
+
     def starts_at(self, key: str, duration: Duration, *, epoch: int) -> int:
         """Images after which a part of the training begins. To be asked for before `resume`, which compares it.
 
@@ -202,11 +207,12 @@ class Run:
         """Go on from the checkpoint's state, provided that images and latents are still the same."""
         state = read_state(self.checkpoint / "train")
         for name, now in identity.items():
-            if state["identity"][name] != now:
+            if (begun := state["identity"][name]) != now:
+                counts = f" ({state['epoch']:,} then, {self._epoch:,} now)" if name == "images" else ""
                 raise TrainingError(
-                    f"{self.folder} was trained on {name} {state['identity'][name][:12]}, this is {name} {now[:12]}: "
-                    "files were added, removed or changed, or the recipe names others. Restore them, or begin a new "
-                    "run in another folder."
+                    f"{self.folder} was trained on {name} {begun[:12]}, this is {name} {now[:12]}{counts}: files were "
+                    "added, removed or changed, or the recipe names others. Restore them, or begin a new run in "
+                    "another folder."
                 )
         for key, now in self._starts.items():
             begun, batch = state["starts"][key], self.config.batch
@@ -229,7 +235,8 @@ class Run:
     def state(self, identity: dict[str, str]) -> dict[str, Any]:
         """What `resume` needs."""
         state = {"images": self.seen, "identity": identity, "window": self._window}
-        return state | {"schedules": self._schedules, "starts": self._starts, "best": self._best}
+        state |= {"schedules": self._schedules, "starts": self._starts, "best": self._best}
+        return state | {"epoch": self._epoch}
 
     def begin(self, title: str | None = None) -> None:
         """Say `title`, open progress, log and trackers: everything is loaded and the loop starts."""
@@ -239,6 +246,7 @@ class Run:
             keep_recipe(self.folder, self.recipe)  # not before: what is refused leaves the run as it was
         kept = truncate_log(self.folder / "log.jsonl", self.seen) if self.main else []
         self._broken |= {line["broken"] for line in kept if "broken" in line}
+        self._told |= {line["about"] for line in kept if "about" in line}
         if self.config.trackers:
             self.accelerator.init_trackers(self.folder.resolve().name)
             self._stack.callback(self.accelerator.end_training)
@@ -305,11 +313,13 @@ class Run:
             if kept
             else "there is no checkpoint yet"
         )
-        raise TrainingError(
+        message = (
             f"the {name} is {value} in step {self.step} (images {self.seen:,} to {self.seen + self.config.batch:,}). "
             f"Nothing of it is saved; {last}. In a new folder, lower optim.lr, lengthen optim.warmup, or set "
             "run.precision: fp32."
         )
+        self.record(stopped=message)
+        raise TrainingError(message)
 
     def keep(self, write: Callable[[Path], None]) -> None:
         """Write the models of this step to `kept/`, before its checkpoint."""
@@ -364,6 +374,28 @@ class Run:
         self.record(**figures)
         if best_by in figures and self.due("save") and figures[best_by] < self._best:
             self._best, self._best_at = figures[best_by], self.seen
+
+    def show(self, rows: list[torch.Tensor]) -> None:
+        """Save a sheet of pictures, rows of [0,1] images [B,3,h,w], and hand it to the trackers."""
+        path = self.folder / f"samples/{self.seen:09d}.png"
+        sheet = save_sheet(rows, path)
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({"samples": sheet[None]}, step=self.seen, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({"samples": sheet[None]}, step=self.seen)
+            else:
+                import trackio
+
+                tracker.log({"samples": trackio.Image(path)}, step=self.seen)
+
+    def tell(self, **messages: str | None) -> None:
+        """Warn of what goes wrong, of each name once in a run, and write it to the log."""
+        for about, message in messages.items():
+            if message and about not in self._told:
+                self._told.add(about)
+                self.warn(message)
+                self.record(about=about, warning=message)
 
     def warn(self, message: str | None) -> None:
         if message:

@@ -25,7 +25,8 @@ from rae.folders import aside, checkpoints
 FREE = {"run.duration", "run.log_every", "run.save_every", "run.evaluate_every", "run.keep", "run.trackers"}
 FREE |= {"run.keep_at", "run.sharding"}  # what stays, and who holds which part: checkpoints are the same
 FREE |= {"run.evaluate_images", "sheet.images", "sheet.steps", "sheet.cfg", "data.workers"}
-FREE |= {"optim.warmup", "optim.decay_end", "encoder.name", "data.source", "data.held_out", "data.class_names", "rae"}
+FREE |= {"optim.warmup", "optim.decay_end"}
+FREE |= {"encoder.name", "rae", "latents", "data.source", "data.held_out", "data.class_names"}
 FREE |= {f"loss.adversarial.discriminator.optim.{key}" for key in ("warmup", "decay_end")}
 # A start may be written differently where a longer run would move it; `Run.resume` sees to it that it does not move.
 FREE |= {"loss.perceptual.start", "loss.adversarial.start", "loss.adversarial.discriminator.start"}
