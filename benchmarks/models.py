@@ -1,5 +1,6 @@
 """The models that are measured, at one size, and what is done with them. `reference.py` is the same of the authors'."""
 
+import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,10 +10,13 @@ import transformers
 from torch import Tensor, nn
 
 from rae import RAE, AutoGuidance, Decoder, DecoderConfig, DiffusionModel, DiTDHConfig, Flow, load_encoder
+from rae.data.order import noise_draws
 from rae.diffusion.guidance import CFG
 from rae.diffusion.model import DiffusionModelConfig
 from rae.diffusion.sampling import euler, time_grid
 from rae.interop.official import convert_decoder, convert_stage2
+from rae.training.dit_recipe import DiTOptimConfig
+from rae.training.optim import build_optimizers, make_ema, update_ema
 
 CHANNELS, SIDE, CLASSES = 384, 16, 10  # latents of DINOv2-S at 256 px
 SHIFT = Flow.for_latents((CHANNELS, SIDE, SIDE)).shift
@@ -22,6 +26,8 @@ WIDTH, HEADS = 384, 6
 DECODER = "ViT-B"
 SCALE = 1.42
 POINTS = 3  # of the sampler's grid: two steps
+TRAINING = {"lr": 2e-4, "betas": (0.9, 0.95), "weight_decay": 0.0}  # the paper's
+EMA, CLIP = 0.9995, 1.0
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,29 @@ class Ours:
         network.zero_grad(set_to_none=True)
         network(batch.x, batch.t, batch.y, dtype=dtype).square().mean().backward()
         return network.final.linear.weight.grad
+
+    @cached_property
+    def trained(self) -> tuple[DiffusionModel, list[torch.optim.Optimizer], DiffusionModel]:
+        model = copy.deepcopy(self.main)
+        config = DiTOptimConfig(ema=EMA, **TRAINING)
+        return model, build_optimizers(config, model.network.parameter_groups()), make_ema(model)
+
+    def train(self, batch: Inputs, dtype: torch.dtype) -> Tensor:
+        """One step: noise and times drawn, loss, gradients, clipping, AdamW, average."""
+        model, optimizers, ema = self.trained
+        noise, u = noise_draws(range(len(batch.x)), 0, batch.x.shape[1:])
+
+        def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            return model.network(x, t, y, dtype=dtype)
+
+        loss = model.flow.loss(predict, batch.x, batch.y, model.flow.times(u[:, 0]), noise).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        update_ema(ema, model, EMA)
+        return loss.detach()
 
     def sample(self, batch: Inputs, guidance: str) -> Tensor:
         wrap = {

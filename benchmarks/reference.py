@@ -5,6 +5,7 @@ machine; the one class they take of it, a patch embedding, is a convolution and 
 """
 
 import contextlib
+import copy
 import importlib
 import importlib.util
 import io
@@ -15,7 +16,22 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from models import CHANNELS, CLASSES, DEPTHS, HEAD, HEADS, POINTS, SCALE, SHIFT, SIDE, WIDTH, Inputs
+from models import (
+    CHANNELS,
+    CLASSES,
+    CLIP,
+    DEPTHS,
+    EMA,
+    HEAD,
+    HEADS,
+    POINTS,
+    SCALE,
+    SHIFT,
+    SIDE,
+    TRAINING,
+    WIDTH,
+    Inputs,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -104,6 +120,25 @@ class Theirs:
             loss = self.main(batch.x, batch.t, batch.y).float().square().mean()
         loss.backward()
         return self.main.final_layer.linear.weight.grad
+
+    @cached_property
+    def trained(self) -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Tensor]]:
+        model = copy.deepcopy(self.main).train()
+        return model, torch.optim.AdamW(model.parameters(), **TRAINING), copy.deepcopy(model)
+
+    def train(self, batch: Inputs, dtype: torch.dtype) -> Tensor:
+        model, optimizer, ema = self.trained
+        transport = importlib.import_module("stage2.transport").create_transport(time_dist_shift=SHIFT)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = transport.training_losses(model, batch.x, {"y": batch.y})["loss"].mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        with torch.no_grad():
+            for average, parameter in zip(ema.parameters(), model.parameters(), strict=True):
+                average.mul_(EMA).add_(parameter, alpha=1 - EMA)
+        return loss.detach()
 
     @torch.no_grad()
     def sample(self, batch: Inputs, guidance: str) -> Tensor:
