@@ -105,12 +105,6 @@ for recipe, folder in zip(runs[::2], runs[1::2]):
 """
 
 
-def train_in_processes(count: int, recipe, folder: Path) -> Path:
-    """Train in `count` processes of one thread each; returns the folder."""
-    train_all_in_processes(count, {folder: recipe})
-    return folder
-
-
 def train_all_in_processes(count: int, recipes: dict[Path, DecoderRecipe | DiTRecipe]) -> None:
     """Train recipes of one stage into their folders, one after another in the same processes."""
     for folder, recipe in recipes.items():
