@@ -1,6 +1,7 @@
 """Checkpoints: exact round trips, damage named, nothing half-written ever taken for whole."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rae.folders import find_folder
+from rae.training import checkpoint
 from rae.training.checkpoint import (
     CheckpointError,
     checkpoints,
@@ -197,3 +199,25 @@ def test_best_checkpoint_stays_and_has_a_name(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == ["000000002", "000000004"]
     assert find_folder(tmp_path / "best", "a model") == tmp_path / "checkpoints/000000002/model"
     assert find_folder(tmp_path, "a model") == tmp_path / "checkpoints/000000004/model"
+
+
+def test_a_kill_before_the_pointers_are_written_leaves_none_behind(tmp_path, monkeypatch):
+    def write(folder: Path) -> None:
+        (folder / "model").mkdir()
+
+    def kill(run: Path, pointer: str, name: str) -> None:
+        raise KeyboardInterrupt
+
+    save_checkpoint(tmp_path, 1, write, keep=2, best=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_point", kill)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path, 2, write, keep=2, best=True)
+    newest_checkpoint(tmp_path)
+    assert [(tmp_path / pointer).read_text() for pointer in ("latest", "best")] == ["000000002\n"] * 2
+    shutil.rmtree(tmp_path / "checkpoints/000000002")  # as the message about a damaged one says
+    newest_checkpoint(tmp_path)
+    assert (tmp_path / "best").read_text() == "000000001\n"
+    save_checkpoint(tmp_path, 3, write, keep=2)
+    newest_checkpoint(tmp_path)
+    assert (tmp_path / "best").read_text() == "000000001\n"

@@ -6,7 +6,7 @@ runs/x/
     checkpoints/000012800/      images seen
         model/                  the EMA model, in the form of `save_pretrained`
         train/                  online weights and optimiser (safetensors), state.json
-        manifest.json           size and sha256 of every file
+        manifest.json           size and sha256 of every file; which pointers name the folder
     kept/000006400/             the same without train/, of steps that a recipe asked to keep; never removed
 
 A folder without the prefix `.tmp-` is complete, because the rename is the last thing that happens to it. A process may
@@ -50,9 +50,9 @@ def save_checkpoint(run: Path, images: int, write: Callable[[Path], None], *, ke
     Raises:
         CheckpointError: the disk is full or failed. The checkpoints before this one are untouched.
     """
-    final = run / "checkpoints" / f"{images:09d}"
-    with _written(run, final, write):
-        for pointer in ("latest", "best") if best else ("latest",):
+    final, pointers = run / "checkpoints" / f"{images:09d}", ["latest", "best"] if best else ["latest"]
+    with _written(run, final, write, pointers):
+        for pointer in pointers:
             _point(run, pointer, final.name)
         for old in checkpoints(run)[:-keep]:
             if not (run / "best").is_file() or old.name != (run / "best").read_text().strip():
@@ -67,7 +67,7 @@ def keep_models(run: Path, images: int, write: Callable[[Path], None]) -> Path:
     """
     final = run / "kept" / f"{images:09d}"
     _remove(final)
-    with _written(run, final, write):
+    with _written(run, final, write, []):
         return final
 
 
@@ -88,14 +88,15 @@ def newest_checkpoint(run: Path) -> Path | None:
         intact = next((path for path in reversed(found[:-1]) if not find_damage(path)), None)
         remedy = f"to go on from {intact.name}, which is intact" if intact else "to start anew; no older one is intact"
         raise CheckpointError(f"{damage}\nRemove the damaged checkpoint {remedy}: rm -r {found[-1]}")
-    _point(run, "latest", found[-1].name)  # a run killed between rename and pointer
+    for pointer in _read_manifest(found[-1]).get("pointers", ["latest"]):  # earlier versions kept no list
+        _point(run, pointer, found[-1].name)  # a run killed between rename and pointer
     return found[-1]
 
 
 def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, file by file; None if it is as it was written."""
     try:
-        wanted = json.loads((checkpoint / "manifest.json").read_text())["files"]
+        wanted = _read_manifest(checkpoint)["files"]
     except (OSError, ValueError, KeyError) as error:
         return f"{checkpoint / 'manifest.json'} cannot be read ({error})."
     found = _manifest(checkpoint)["files"]
@@ -165,14 +166,14 @@ def optimizer_tensors(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, 
 
 
 @contextlib.contextmanager
-def _written(run: Path, final: Path, write: Callable[[Path], None]) -> Iterator[None]:
-    """Inside `with`, `final` is there, as `write` filled it."""
+def _written(run: Path, final: Path, write: Callable[[Path], None], pointers: list[str]) -> Iterator[None]:
+    """Inside `with`, `final` is there, as `write` filled it; `pointers` are to name it."""
     aside = final.with_name(f".tmp-{final.name}")
     try:
         _remove(aside)
         aside.mkdir(parents=True)
         write(aside)
-        (aside / "manifest.json").write_text(json.dumps(_manifest(aside), indent=1))
+        (aside / "manifest.json").write_text(json.dumps({"pointers": pointers} | _manifest(aside), indent=1))
         fsync_all(aside)
         os.rename(aside, final)
         fsync(final.parent)
@@ -211,6 +212,10 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 def _named(optimizer: torch.optim.Optimizer) -> Iterable[tuple[str, torch.nn.Parameter]]:
     for group in optimizer.param_groups:
         yield from zip(group["param_names"], group["params"])
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "manifest.json").read_text())
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
