@@ -11,8 +11,9 @@ from tiny import decoder_recipe, dit_recipe, save_encoder
 
 from rae import RAE, DiffusionModel, generate
 from rae.config import ConfigError, load_recipe
-from rae.data.images import open_split
+from rae.data.images import ImageError, open_split
 from rae.data.order import image_index, mirrored, noise_draws
+from rae.training import dit
 from rae.training.decoder import DecoderRecipe, train_decoder
 from rae.training.dit import train_dit
 from rae.training.dit_recipe import DiTRecipe
@@ -247,6 +248,18 @@ def test_images_without_classes_make_an_unconditional_model(rae, tmp_path):
     assert (model.null_label, model.config.class_names) == (0, None)
     recipe = dit_recipe(rae, network__unconditional=True, sheet__cfg=None, run__precision="bf16", optim__name="muon")
     assert DiffusionModel.from_pretrained(train_dit(recipe, tmp_path / "digits")).null_label == 0
+
+
+def test_first_images_that_cannot_be_read_are_named_before_the_first_step(rae, tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        Image.new("RGB", (16, 16), (40 * i, 0, 0)).save(tmp_path / f"images/{i}.png")
+    for i in range(2):
+        (tmp_path / f"images/{i}.png").write_bytes((tmp_path / f"images/{i}.png").read_bytes()[:45])
+    monkeypatch.setattr(dit, "LOOK", 2)
+    changes = {"data__source": str(tmp_path / "images"), "data__held_out": 0.0, "data__on_broken": "skip"}
+    with pytest.raises(ImageError, match=r"none of the first 2 images can be read; the first is .*0\.png"):
+        train_dit(dit_recipe(rae, **changes), tmp_path / "run")
 
 
 def test_another_autoencoder_is_refused_on_resume(rae, tmp_path):

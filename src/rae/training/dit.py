@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from rae.autoencoder.baselines import Autoencoder, open_autoencoder
 from rae.autoencoder.rae import RAE
 from rae.config import ConfigError
-from rae.data.images import Images, Stream, loader, open_split, readable, to_unit
+from rae.data.images import ImageError, Images, Stream, loader, open_split, readable, to_unit
 from rae.data.latent_cache import StoredLatents
 from rae.data.order import noise_draws
 from rae.diffusion.guidance import CFG, drop_labels
@@ -219,8 +219,12 @@ def _held_out(
 
 def _look(recipe: DiTRecipe, rae: Autoencoder, images: Images) -> LatentMoments:
     """Moments of the first few latents, by which settings and losses are judged."""
-    latents, _, _ = next(_held_out(recipe, rae, images, min(len(images), LOOK), lambda _: None))
-    return latent_moments(latents, recipe.network.patch_size)
+    count = min(len(images), LOOK)
+    for latents, _, _ in _held_out(recipe, rae, images, count, lambda _: None):
+        return latent_moments(latents, recipe.network.patch_size)
+    raise ImageError(
+        f"none of the first {count} images can be read; the first is {images.names[0]}. Replace or remove them."
+    )
 
 
 def _samples(model: DiffusionModel, rae: Autoencoder, sheet: SheetConfig) -> list[torch.Tensor]:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rae.config import Config, ConfigError
-from rae.data.images import DataConfig, Images, Stream, readable
+from rae.data.images import DataConfig, ImageError, Images, Stream, readable
 from rae.data.order import batch_positions, image_index
 from rae.processes import accelerator
 from rae.training.checkpoint import checkpoints, keep_models, newest_checkpoint, read_state, save_checkpoint
@@ -328,7 +328,8 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def save(self, write: Callable[[Path], None]) -> None:
-        """Write a checkpoint; where a signal asked for the end, end here with its exit status."""
+        """All processes call it: write a checkpoint; where a signal asked for the end, end with its exit status."""
+        self._tell_broken()  # which a run that goes on from here would not meet again
         if self.main:
             best = self._best_at == self.seen
             save_checkpoint(self.folder, self.seen, write, keep=self.config.keep, best=best)
@@ -357,11 +358,19 @@ class Run:
         self._newly_broken = set()
 
     def check_held_out(self, images: Images | None, data: DataConfig, size: tuple[int, int]) -> None:
-        """Read the held-out images once, so that one that cannot be read ends the run now and not hours later."""
+        """Read the held-out images once, so that one that cannot be read ends the run now and not hours later.
+
+        Raises:
+            ImageError: one cannot be read, or, where they may be left out, none can.
+        """
         if images and self.main:
             count = min(len(images), self.config.evaluate_images)
-            for _ in readable(images, data, size, range(count), batch=64, left_out=self.leave_out):
-                pass
+            batches = readable(images, data, size, range(count), batch=64, left_out=self.leave_out)
+            if not sum(len(batch["index"]) for batch in batches):
+                raise ImageError(
+                    f"none of the first {count} held-out images can be read (run.evaluate_images is "
+                    f"{self.config.evaluate_images}); the first is {images.names[0]}. Replace or remove them."
+                )
 
     def leave_out(self, name: str) -> None:
         """Say once that a held-out image cannot be read and is left out."""

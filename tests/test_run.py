@@ -1,0 +1,56 @@
+"""A run at work, whatever it trains: what it reads, says and keeps around the loop."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import decoder_recipe, log
+
+from rae.data.images import DataConfig, ImageError, open_images
+from rae.training.checkpoint import save_training_state
+from rae.training.run import Run
+
+
+def images(folder: Path, count: int, unreadable: tuple[int, ...] = ()) -> Path:
+    folder.mkdir()
+    for i in range(count):
+        path = folder / f"{i}.png"
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+        if i in unreadable:
+            path.write_bytes(path.read_bytes()[:45])
+    return folder
+
+
+def save(run: Run) -> None:
+    run.save(lambda folder: save_training_state(folder / "train", {}, {}, run.state({})))
+
+
+def test_an_unreadable_image_is_logged_although_the_run_was_killed_before_the_line(tmp_path):
+    recipe = decoder_recipe(tmp_path)  # a line of the log after three steps
+    stream = SimpleNamespace(images=open_images("digits"), seed=0)
+    batch = {"position": torch.tensor([0]), "index": torch.tensor([-1])}
+    with Run(tmp_path / "run", recipe, epoch=10) as run:
+        run.begin()
+        list(run.watch_broken(stream, [batch]))
+        run.finish_step(loss=1.0)
+        save(run)
+    with Run(tmp_path / "run", recipe, epoch=10) as run:
+        run.resume({})
+        run.begin()
+        run.finish_step(loss=1.0)
+        run.log()
+    assert len(log(tmp_path / "run", "broken")) == 1
+
+
+def test_held_out_images_of_which_none_can_be_read(tmp_path):
+    data = DataConfig(source="digits", on_broken="skip")
+    held_out = open_images(images(tmp_path / "images", 3, unreadable=(0, 1)))
+    with Run(tmp_path / "run", decoder_recipe(tmp_path, run__evaluate_images=2), epoch=10) as run:
+        with pytest.raises(ImageError, match=r"none of the first 2 held-out images .*0\.png\. Replace or remove them"):
+            run.check_held_out(held_out, data, (16, 16))
+        run.check_held_out(None, data, (16, 16))
+    with Run(tmp_path / "run", decoder_recipe(tmp_path, run__evaluate_images=3), epoch=10) as run:
+        run.check_held_out(held_out, data, (16, 16))
