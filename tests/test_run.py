@@ -6,10 +6,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DynamoBackend
 from PIL import Image
 from tiny import decoder_recipe, log
 
 from rae.data.images import DataConfig, ImageError, open_images
+from rae.processes import ProcessError, accelerator
+from rae.training import run as run_module
 from rae.training.checkpoint import save_training_state
 from rae.training.run import Run
 
@@ -54,3 +59,25 @@ def test_held_out_images_of_which_none_can_be_read(tmp_path):
         run.check_held_out(None, data, (16, 16))
     with Run(tmp_path / "run", decoder_recipe(tmp_path, run__evaluate_images=3), epoch=10) as run:
         run.check_held_out(held_out, data, (16, 16))
+
+
+def test_trackers_end_and_processes_stay_together(tmp_path, monkeypatch):
+    ended = []
+    monkeypatch.setattr(run_module, "_check_trackers", lambda names: None)
+    monkeypatch.setattr(run_module, "accelerator", lambda **_: accelerator())  # no tracker is installed here
+    monkeypatch.setattr(PartialState, "destroy_process_group", lambda *_: ended.append("processes"))
+    with Run(tmp_path / "run", decoder_recipe(tmp_path, run__trackers=["tensorboard"]), epoch=10) as run:
+        run.accelerator.trackers = [SimpleNamespace(finish=lambda: ended.append("tracker"))]
+        monkeypatch.setattr(run.accelerator, "init_trackers", lambda name: None)
+        run.begin()
+    assert ended == ["tracker"]
+
+
+def test_accelerate_s_own_configuration_neither_compiles_nor_wraps(monkeypatch):
+    accelerator()
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    AcceleratorState._reset_state()
+    assert accelerator().state.dynamo_plugin.backend == DynamoBackend.NO
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ProcessError, match=r"ACCELERATE_USE_FSDP is set.*Unset it, or start with torchrun"):
+        accelerator()

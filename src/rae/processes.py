@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin, parse_flag_from_env
 
 # How long processes wait for each other: one encodes, evaluates and writes for all of them, now and then for long.
 PATIENCE = timedelta(hours=6)
@@ -27,20 +27,29 @@ def process_state() -> PartialState:
 def accelerator(**settings) -> Accelerator:
     """As `process_state`, with what training needs besides.
 
-    Precision and accumulation are the recipe's: ACCELERATE_MIXED_PRECISION and ACCELERATE_GRADIENT_ACCUMULATION_STEPS,
-    which a saved configuration of accelerate sets, would change the numbers in silence and are overruled.
+    Precision, accumulation and compilation are the recipe's: ACCELERATE_MIXED_PRECISION,
+    ACCELERATE_GRADIENT_ACCUMULATION_STEPS and ACCELERATE_DYNAMO_BACKEND, which a saved configuration of accelerate
+    sets, would change the numbers in silence and are overruled.
 
     Args:
         settings: of `accelerate.Accelerator`.
 
     Raises:
-        ProcessError: as `process_state`.
+        ProcessError: as `process_state`; or accelerate is to put the network into a wrapper of its own.
     """
+    wrappers = (f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"))
+    if asked := [name for name in wrappers if parse_flag_from_env(name)]:
+        raise ProcessError(
+            f"{asked[0]} is set, as `accelerate launch` does where its saved configuration says so: the "
+            "network would be put into a wrapper that the recipe does not name. Unset it, or start with torchrun; "
+            "run.sharding: full spreads a large model of stage 2 over the processes."
+        )
     process_state()  # which sets how long they wait
     accelerator = Accelerator(
         cpu=_together_on_cpu(),
         mixed_precision="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_plugin=TorchDynamoPlugin(backend="no"),
         **settings,
     )
     _check(accelerator.state)

@@ -249,7 +249,8 @@ class Run:
         self._told |= {line["about"] for line in kept if "about" in line}
         if self.config.trackers:
             self.accelerator.init_trackers(self.folder.resolve().name)
-            self._stack.callback(self.accelerator.end_training)
+            for tracker in self.accelerator.trackers:  # `end_training` would part the processes as well
+                self._stack.callback(tracker.finish)
         for images, moment in sorted(self._keep.items()):
             if images > self.total:
                 self.warn(f"run.keep_at: {moment} is after the end of the run ({self.config.duration})")
