@@ -4,6 +4,7 @@ Started by pytest, this file starts itself in two processes, once for all tests:
 """
 
 import copy
+import functools
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from tiny import decoder_recipe, dit_recipe, lines, save_encoder, tensors
+from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -24,7 +26,7 @@ from rae.training.decoder import train_decoder
 from rae.training.dit import train_dit
 from rae.training.dit_recipe import DiTRecipe
 from rae.training.optim import make_ema, update_ema
-from rae.training.sharding import is_sharded, part_for, shard, whole
+from rae.training.sharding import compiled, is_sharded, part_for, shard, whole
 
 # Five channels, odd widths and a whole batch of six leave no two processes with the same number of rows.
 COMMON = {"network__qk_norm": True, "optim__ema": [0.9, 0.5], "optim__clip": 0.5, "run__batch": 6}
@@ -94,12 +96,30 @@ def check_gradients(rank: int, mesh) -> None:
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
+def check_compiled_blocks(mesh) -> None:
+    """Every block is one graph, although it is recomputed, with the gradients of one that is not compiled."""
+    network = small_network()
+    alone = copy.deepcopy(network)
+    shard(network, mesh)
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # machine code takes most of a minute
+    network = compiled(network)
+    x, t, y = torch.ones(2, 5, 3, 3), torch.tensor([0.2, 0.7]), torch.tensor([0, 2])
+    for each in (network, alone):
+        each(x, t, y, recompute=True).square().mean().backward()
+    for (name, parameter), same in zip(network.named_parameters(), alone.parameters()):
+        found = parameter.grad.full_tensor()
+        torch.testing.assert_close(found, same.grad, rtol=1e-5, atol=1e-6 * float(same.grad.abs().max()), msg=name)
+    assert counters["stats"]["unique_graphs"] >= 2  # the trunk's block and the head's
+    assert not counters["graph_break"]
+
+
 def in_each_process(folder: Path) -> None:
     torch.set_num_threads(1)
     processes = accelerator()
     mesh = init_device_mesh("cpu", (processes.num_processes,))
     check_parts(processes.process_index, mesh)
     check_gradients(processes.process_index, mesh)
+    check_compiled_blocks(mesh)
     for recipe in ("alike", "sharded", "began-alone"):
         train_dit(load_recipe(DiTRecipe, folder / f"{recipe}.yaml"), folder / recipe)
 

@@ -27,7 +27,7 @@ from rae.training.dit_recipe import DiTRecipe, DiTRunConfig, SheetConfig, descri
 from rae.training.latents import Parts, cache_latents, cached_latents, online_latents, stored_latents
 from rae.training.optim import build_optimizers, ema_warning, make_ema, set_lr, update_ema
 from rae.training.run import DTYPES, Run
-from rae.training.sharding import is_sharded, shard, whole
+from rae.training.sharding import compiled, is_sharded, shard, whole
 
 _FIXED = 2**32  # the seed of held-out figures and sheets, the same in every run and apart from any run's own
 
@@ -83,7 +83,7 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
         if run.checkpoint:
             load_optimizers(optimizers, run.checkpoint / "train/optimizer.safetensors")
         if recipe.run.compile:
-            network = torch.compile(network)  # after the EMA was copied: it averages the weights themselves
+            network = compiled(network)  # after the EMA was copied: it averages the weights themselves
         predict = functools.partial(network, dtype=model.dtype, recompute=recipe.run.recompute)
         batches = _latents(recipe, rae, images, stored, run)
 

@@ -26,13 +26,26 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
     """
     # the output is a view, which the loss does not write to
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    for block in [module for module in network.modules() if isinstance(module, Block)]:
+    for block in _blocks(network):
         fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh, reshard_after_forward=True)
 
 
 def is_sharded(network: nn.Module) -> bool:
     return isinstance(network, FSDPModule)
+
+
+def compiled(network: nn.Module) -> nn.Module:
+    """`torch.compile` of a network; of one that is spread, of each block by itself, in place.
+
+    Processes talk before and after a block, where no graph can go on; with `recompute` one of the whole network would
+    leave the blocks, which is all that counts, as they are.
+    """
+    if not is_sharded(network):
+        return torch.compile(network)
+    for block in _blocks(network):
+        block.compile()
+    return network
 
 
 @torch.no_grad()
@@ -60,3 +73,7 @@ def part_for(parameter: Tensor, value: Tensor) -> Tensor:
         return value
     value = value.to(parameter.device)
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def _blocks(network: nn.Module) -> list[Block]:
+    return [module for module in network.modules() if isinstance(module, Block)]
