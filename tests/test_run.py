@@ -61,6 +61,40 @@ def test_held_out_images_of_which_none_can_be_read(tmp_path):
         run.check_held_out(held_out, data, (16, 16))
 
 
+@pytest.mark.parametrize(("folder", "count", "best"), [("a", 2, 8), ("b", 2, 16), ("a", 3, 16), (None, 2, 8)])
+def test_best_is_found_anew_where_other_images_decide(tmp_path, capsys, folder, count, best):
+    sets = {name: open_images(images(tmp_path / name, size)) for name, size in (("a", 3), ("b", 4))}
+    settings = {"run__evaluate_every": "1st", "run__save_every": "1st", "data__source": "digits"}
+    for name, of_them, figure in (("a", 2, 1.0), (folder, count, 2.0)):
+        recipe = decoder_recipe(tmp_path, **settings, run__evaluate_images=of_them)
+        with Run(tmp_path / "run", recipe, epoch=10) as run:
+            if run.checkpoint:
+                run.resume({})
+            run.check_held_out(sets.get(name), recipe.data, (16, 16))
+            run.begin()
+            run.finish_step(loss=1.0)
+            if name:
+                run.judge(best_by="figure", figure=figure)
+            save(run)
+    assert int((tmp_path / "run/best").read_text()) == best
+    said = "data.held_out or run.evaluate_images has other images than before: `best` is found anew"
+    assert (said in capsys.readouterr().err) == (best == 16)
+
+
+def test_a_run_that_moves_to_another_kind_of_device_says_so(tmp_path, capsys):
+    recipe = decoder_recipe(tmp_path)
+    for device in ("cpu", "cpu", "cuda"):
+        with Run(tmp_path / "run", recipe, epoch=10) as run:
+            run.accelerator.state.device = torch.device(device)
+            if run.checkpoint:
+                run.resume({})
+            run.begin()
+            run.finish_step(loss=1.0)
+            save(run)
+            run.accelerator.state.device = torch.device("cpu")
+        assert ("the run was on cpu and goes on on cuda" in capsys.readouterr().err) == (device == "cuda")
+
+
 def test_trackers_end_and_processes_stay_together(tmp_path, monkeypatch):
     ended = []
     monkeypatch.setattr(run_module, "_check_trackers", lambda names: None)

@@ -99,6 +99,7 @@ class Run:
         self.console = Console(stderr=True, quiet=not self.main)
         self.seen, self.stop, self._asked, self._window = 0, None, None, {}
         self._best, self._best_at = math.inf, None  # of the figure that `judge` compares, and where it was
+        self._judged_by = None  # the images of that figure
         self._starts: dict[str, int] = {}
         self._schedules, self._optims, self._broken, self._newly_broken = {}, {}, set(), set()
         self._epoch, self._told = epoch, set()
@@ -222,12 +223,18 @@ class Run:
                     f"{state['images'] // batch} steps are made: too late. {key}={begun // batch}st keeps it."
                 )
         self.seen, self._window, self._best = state["images"], state["window"], state["best"]
+        self._judged_by = state.get("judged_by")  # which, like the device, checkpoints of earlier versions have not
         if self.seen > self.total:
             self._say(
                 f"{self.step:,} steps are made already, more than the {self.total // self.config.batch:,} asked for"
             )
             return
         self._say(f"resumed at {self.seen:,} of {self.total:,} images")
+        if (begun := state.get("device", self.accelerator.device.type)) != self.accelerator.device.type:
+            self.warn(
+                f"the run was on {begun} and goes on on {self.accelerator.device.type}: from here on its noise is "
+                f"another than it would have been, as good as that. On {begun} it ends in the same bits."
+            )
         for section, steps in self._schedules.items():
             begun = state["schedules"][section]
             self.warn(schedule_warning(section, self._optims[section], begun, steps, self.step))
@@ -236,7 +243,7 @@ class Run:
         """What `resume` needs."""
         state = {"images": self.seen, "identity": identity, "window": self._window}
         state |= {"schedules": self._schedules, "starts": self._starts, "best": self._best}
-        return state | {"epoch": self._epoch}
+        return state | {"epoch": self._epoch, "judged_by": self._judged_by, "device": self.accelerator.device.type}
 
     def begin(self, title: str | None = None) -> None:
         """Say `title`, open progress, log and trackers: everything is loaded and the loop starts."""
@@ -361,11 +368,20 @@ class Run:
     def check_held_out(self, images: Images | None, data: DataConfig, size: tuple[int, int]) -> None:
         """Read the held-out images once, so that one that cannot be read ends the run now and not hours later.
 
+        Figures of other images than before the run was resumed, or of more, do not compare: the best one is forgotten.
+
         Raises:
             ImageError: one cannot be read, or, where they may be left out, none can.
         """
-        if images and self.main:
-            count = min(len(images), self.config.evaluate_images)
+        if not images:
+            return
+        count = min(len(images), self.config.evaluate_images)
+        judged_by = f"{count} of {images.identity}"
+        if self._judged_by not in (None, judged_by):
+            self._best = math.inf
+            self.warn("data.held_out or run.evaluate_images has other images than before: `best` is found anew")
+        self._judged_by = judged_by
+        if self.main:
             batches = readable(images, data, size, range(count), batch=64, left_out=self.leave_out)
             if not sum(len(batch["index"]) for batch in batches):
                 raise ImageError(
