@@ -5,12 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
+from rae.autoencoder.baselines import Pixels
 from rae.autoencoder.latents import LatentStats
 from rae.config import ConfigError
 from rae.data.images import DataConfig, ImageError, open_images, to_unit
 from rae.processes import ProcessError, accelerator
 from rae.training.display import progress
-from rae.training.latents import cache_tokens, check_crop, latent_statistics
+from rae.training.latents import cache_latents, cache_tokens, check_crop, latent_statistics
 
 
 @pytest.fixture
@@ -54,6 +55,12 @@ def test_images_that_took_the_place_of_unreadable_ones_are_named(folder, capsys)
     assert "1.png cannot be read" in printed
     assert "4.png cannot be read" in printed
     assert "2.png cannot be read" not in printed
+
+
+def test_every_process_of_a_machine_keeps_latents_of_its_own(folder, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(10**12))
+    with pytest.raises(ConfigError, match=r"latents: memory needs 0\.0 GiB for 5 images in each of 10{12} processes"):
+        cache_latents(Pixels((4, 6)), open_images(folder), DataConfig(source=str(folder)))
 
 
 def test_random_crops_cannot_be_kept():

@@ -56,6 +56,11 @@ def accelerator(**settings) -> Accelerator:
     return accelerator
 
 
+def on_this_machine() -> int:
+    """How many of the processes share this machine's memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def _started() -> int:
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started > 1 and "MASTER_ADDR" not in os.environ:

@@ -141,10 +141,11 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
             if run.due("log"):
                 run.tell(loss=health.of_loss(run.log(lr=lr)["loss"], run.step))
             if run.due("evaluate"):
-                shown, online = (_whole(m, run) for m in (ema, model))
+                shown, online = _whole(ema, run), _whole(model, run) if held_out else None
                 if shown:
-                    shown, online = shown.to(device), online.to(device)
+                    shown.to(device)
                     if held_out:
+                        online.to(device)
                         count = min(len(held_out), recipe.run.evaluate_images)
                         kept_back = _held_out(recipe, rae, held_out, count, run.leave_out)
                         found = loss_by_time(shown, kept_back, count=count, seed=_FIXED, online=online)

@@ -128,10 +128,10 @@ def _cache(
     check_crop(what, data)
     shape = (1 + data.flip, len(images), *shape)
     needed, memory = 4 * math.prod(shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > 0.8 * memory:
+    if (sharing := processes.on_this_machine()) * needed > 0.8 * memory:
         raise ConfigError(
-            f"{what}: memory needs {needed / 2**30:.1f} GiB for {len(images):,} images, this machine has "
-            f"{memory / 2**30:.1f} GiB; set {what}: online."
+            f"{what}: memory needs {needed / 2**30:.1f} GiB for {len(images):,} images in each of {sharing} processes, "
+            f"this machine has {memory / 2**30:.1f} GiB; set {what}: online."
         )
     cache = LatentCache(torch.empty(shape), torch.empty(len(images), dtype=torch.int64))
     chunks, broken = [range(start, min(start + batch, len(images))) for start in range(0, len(images), batch)], []
