@@ -5,9 +5,11 @@ Started by pytest, this file starts itself in two processes, once for all tests:
 
 import copy
 import functools
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ from rae.training.decoder import train_decoder
 from rae.training.dit import train_dit
 from rae.training.dit_recipe import DiTRecipe
 from rae.training.optim import make_ema, update_ema
+from rae.training.run import Run
 from rae.training.sharding import compiled, is_sharded, part_for, shard, whole
 
 # Five channels, odd widths and a whole batch of six leave no two processes with the same number of rows.
@@ -113,6 +116,25 @@ def check_compiled_blocks(mesh) -> None:
     assert not counters["graph_break"]
 
 
+def check_what_is_left(patch: pytest.MonkeyPatch) -> None:
+    """Models that are put together for figures, checkpoints and `kept/` are gone when the run ends."""
+    models, put_together, conclude = [], DiffusionModel.of_weights, Run.conclude
+
+    def remember(*arguments, **named) -> DiffusionModel:
+        model = put_together(*arguments, **named)
+        models.append(weakref.ref(model))
+        return model
+
+    def check(run: Run) -> Path:
+        gc.collect()
+        assert len(models) == (6 if run.main else 0)  # the average and online weights; two averages, twice
+        assert not any(model() for model in models)
+        return conclude(run)
+
+    patch.setattr(DiffusionModel, "of_weights", remember)
+    patch.setattr(Run, "conclude", check)
+
+
 def in_each_process(folder: Path) -> None:
     torch.set_num_threads(1)
     processes = accelerator()
@@ -121,7 +143,10 @@ def in_each_process(folder: Path) -> None:
     check_gradients(processes.process_index, mesh)
     check_compiled_blocks(mesh)
     for recipe in ("alike", "sharded", "began-alone"):
-        train_dit(load_recipe(DiTRecipe, folder / f"{recipe}.yaml"), folder / recipe)
+        with pytest.MonkeyPatch.context() as patch:
+            if recipe == "sharded":
+                check_what_is_left(patch)
+            train_dit(load_recipe(DiTRecipe, folder / f"{recipe}.yaml"), folder / recipe)
 
 
 # --- what they did ---------------------------------------------------------------------------------------------------

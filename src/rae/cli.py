@@ -5,29 +5,42 @@ RAE_TRACEBACK=1 shows where it came from. Ctrl-C ends with 130, and what was wri
 """
 
 import errno
+import functools
+import json
 import os
+import sys
+import time
 import traceback
+import warnings
 from pathlib import Path
 
 import click
 
 
 class Rae(click.Group):
-    """Commands in the order of their definition; errors without a traceback."""
+    """Commands in the order of their definition; errors without a traceback, warnings without a place in the code."""
 
     def list_commands(self, _: click.Context) -> list[str]:
         return list(self.commands)
 
     def invoke(self, context: click.Context):
         try:
-            return super().invoke(context)
+            with warnings.catch_warnings():
+                warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
+                return super().invoke(context)
         except KeyboardInterrupt as interrupt:
             click.secho(f"interrupted; {str(interrupt) or 'the same command may be run again'}", fg="red", err=True)
             context.exit(130)
         except Exception as error:
-            if os.environ.get("RAE_TRACEBACK") or not _is_ours(error):
+            left_alone = _is_left_alone(error)
+            if os.environ.get("RAE_TRACEBACK") or not (left_alone or _is_ours(error)):
                 raise
-            click.secho(f"error: {error}{_remedy(error)}", fg="red", err=True)
+            message = f"error: {error}{_remedy(error)}"
+            if left_alone:
+                message = "error: another process of this job has ended, or cannot be reached; the reason is what it said."
+            else:
+                _tell_launcher(message)
+            click.secho(message, fg="red", err=True)
             context.exit(2)
 
 
@@ -37,6 +50,28 @@ def _is_ours(error: Exception) -> bool:
         return True
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     return isinstance(error, ValueError | FloatingPointError) and raised_in.is_relative_to(Path(__file__).parent)
+
+
+def _is_left_alone(error: Exception) -> bool:
+    """Whether this process waited for one that has ended: gloo and NCCL say so where they notice it."""
+    words = ("Connection closed by peer", "Connection reset by peer", "remote process exit")
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    return started > 1 and isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def _tell_launcher(message: str) -> None:
+    """torchrun ends with a traceback of its own, and a table of its processes with what each of them wrote here."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        about = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": about}))
+
+
+def _show_warning(others, message, category, *where) -> None:
+    """A warning of ours as a yellow line, by one process for all; others as ever."""
+    if not category.__module__.startswith("rae."):
+        others(message, category, *where)
+    elif os.environ.get("RANK", "0") == "0":
+        click.secho(str(message), fg="yellow", err=True)
 
 
 def _remedy(error: Exception) -> str:
@@ -354,7 +389,22 @@ def verify(context: click.Context, folder: Path) -> None:
 
 
 def main() -> None:
-    rae(prog_name="rae")
+    try:
+        rae(prog_name="rae")
+    except SystemExit as end:
+        _leave(end.code)
+        raise
+
+
+def _leave(status: int | str | None) -> None:
+    """End one of several processes on CPUs now: an ordinary end sometimes aborts it (exit status 134), since threads of
+    gloo are still about when the interpreter goes."""
+    distributed = sys.modules.get("torch.distributed")
+    together = distributed and distributed.is_available() and distributed.is_initialized()
+    if together and distributed.get_backend() == "gloo" and isinstance(status, int | None):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status or 0)
 
 
 if __name__ == "__main__":

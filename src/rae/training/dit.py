@@ -109,6 +109,21 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
 
             return save
 
+        def evaluate() -> None:
+            """Figures and a sheet, by the main process. Models that are put together for it do not outlive it."""
+            shown, online = _whole(ema, run), _whole(model, run) if held_out else None
+            if shown is None:
+                return
+            shown.to(device)
+            if held_out:
+                online.to(device)
+                count = min(len(held_out), recipe.run.evaluate_images)
+                kept_back = _held_out(recipe, rae, held_out, count, run.leave_out)
+                found = loss_by_time(shown, kept_back, count=count, seed=_FIXED, online=online)
+                run.judge(best_by="held_out_loss", **found.figures(config, moments))
+                run.tell(ema=health.of_average(found, run.step))
+            run.show(_samples(shown, rae, recipe.sheet))
+
         run.check_held_out(held_out, recipe.data, rae.image_size)
         moments = _look(recipe, rae, held_out or images)
         standardised = rae.latent_mean is not None if isinstance(rae, RAE) else None
@@ -141,17 +156,7 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
             if run.due("log"):
                 run.tell(loss=health.of_loss(run.log(lr=lr)["loss"], run.step))
             if run.due("evaluate"):
-                shown, online = _whole(ema, run), _whole(model, run) if held_out else None
-                if shown:
-                    shown.to(device)
-                    if held_out:
-                        online.to(device)
-                        count = min(len(held_out), recipe.run.evaluate_images)
-                        kept_back = _held_out(recipe, rae, held_out, count, run.leave_out)
-                        found = loss_by_time(shown, kept_back, count=count, seed=_FIXED, online=online)
-                        run.judge(best_by="held_out_loss", **found.figures(config, moments))
-                        run.tell(ema=health.of_average(found, run.step))
-                    run.show(_samples(shown, rae, recipe.sheet))
+                evaluate()
             if run.due("keep"):
                 run.keep(gather_models())
             if run.due("save"):
