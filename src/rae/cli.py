@@ -16,6 +16,8 @@ from pathlib import Path
 
 import click
 
+LEFT_ALONE = "another process of this job has ended, or cannot be reached; what it said is the reason."
+
 
 class Rae(click.Group):
     """Commands in the order of their definition; errors without a traceback, warnings without a place in the code."""
@@ -35,10 +37,8 @@ class Rae(click.Group):
             left_alone = _is_left_alone(error)
             if os.environ.get("RAE_TRACEBACK") or not (left_alone or _is_ours(error)):
                 raise
-            message = f"error: {error}{_remedy(error)}"
-            if left_alone:
-                message = "error: another process of this job has ended, or cannot be reached; the reason is what it said."
-            else:
+            message = f"error: {LEFT_ALONE if left_alone else error}{_remedy(error)}"
+            if not left_alone:
                 _tell_launcher(message)
             click.secho(message, fg="red", err=True)
             context.exit(2)
