@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from rae import Decoder, load_encoder
 from rae.autoencoder.families import IMAGENET
 from rae.data.order import augmentation_draws
+from rae.evaluation.lpips import LPIPS
 from rae.training.decoder import DecoderRecipe
 from rae.training.diffaug import diffaug
-from rae.training.lpips import LPIPS
 from rae.training.objective import Objective, Part
 from rae.training.run import DTYPES, Run
 

@@ -20,7 +20,7 @@ def part_of(file: Path) -> str:
 # config, processes <- sources <- folders <- autoencoder, diffusion, data (which do not import each other) <- evaluation
 # <- training <- interop <- what the commands do <- cli. A part may import itself and the parts that stand here.
 BASE = {"config", "processes"}
-PICKLES = {"interop/official.py", "training/pretrained.py"}  # of files that the user names, or whose hash is known
+PICKLES = {"interop/official.py", "evaluation/pretrained.py"}  # of files that the user names, or whose hash is known
 WEIGHTS = BASE | {"sources", "folders"}
 MODELS = WEIGHTS | {"autoencoder", "diffusion", "data"}
 LIBRARY = MODELS | {"evaluation", "training", "interop"}

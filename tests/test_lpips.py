@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rae.training.lpips import LPIPS
+from rae.evaluation.lpips import LPIPS
 
 WIDTHS = (6, 7, 8, 9, 10)
 COUNTS = (2, 2, 3, 3, 3)

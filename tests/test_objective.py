@@ -10,9 +10,9 @@ from torch import nn
 from rae import Decoder, load_encoder
 from rae.autoencoder.decoder import unpatchify
 from rae.data.order import augmentation_draws
+from rae.evaluation.lpips import LPIPS
 from rae.training.adversarial import generator_loss
 from rae.training.diffaug import diffaug
-from rae.training.lpips import LPIPS
 from rae.training.objective import LossConfig, Objective, Part
 from rae.training.perceptual import feature_distance
 from rae.training.run import Run

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rae import load_encoder
+from rae.evaluation import pretrained
+from rae.evaluation.lpips import LPIPS
+from rae.evaluation.pretrained import dino_keys, load_lpips, open_dino, write_dino
 from rae.sources import SourceError
-from rae.training import pretrained
-from rae.training.lpips import LPIPS
-from rae.training.pretrained import dino_keys, load_lpips, open_dino, write_dino
 
 NOWHERE = "http://127.0.0.1:9"  # a port that nobody listens on
 WIDTHS = (2, 3, 4, 5, 6)

@@ -13,9 +13,9 @@ from rae import RAE, Decoder, load_encoder
 from rae.autoencoder.latents import tokens_to_map
 from rae.config import ConfigError, load_recipe
 from rae.data.images import ImageError, Views, open_split, to_unit
+from rae.evaluation.lpips import LPIPS
 from rae.sources import SourceError
 from rae.training.decoder import DecoderRecipe, _of_law, train_decoder
-from rae.training.lpips import LPIPS
 from rae.training.perceptual import feature_distance
 from rae.training.run import Run
 from rae.training.run_folder import TrainingError

@@ -22,9 +22,9 @@ from rae.autoencoder.encoders import Encoder, EncoderConfig, load_encoder
 from rae.autoencoder.rae import RAE
 from rae.diffusion.flow import Flow, shift_factor
 from rae.diffusion.model import DiffusionModel
+from rae.evaluation.pretrained import dino_keys, write_dino
 from rae.interop.official import convert_decoder, convert_discriminator, convert_stage2
 from rae.training.discriminator import Discriminator
-from rae.training.pretrained import dino_keys, write_dino
 
 
 class FixtureError(ValueError):

@@ -5,10 +5,10 @@ from torch import Tensor, nn
 
 from rae.diffusion.flow import Flow, interpolate
 from rae.diffusion.guidance import drop_labels
+from rae.evaluation.lpips import LPIPS
 from rae.interop.fixtures import Case
 from rae.training.adversarial import adaptive_weight, discriminator_loss, generator_loss, round_to_8_bits
 from rae.training.diffaug import diffaug
-from rae.training.lpips import LPIPS
 from rae.training.optim import OptimConfig, build_optimizers, lr_factor, make_ema, set_lr, update_ema
 
 Results = dict[str, Tensor]

@@ -13,13 +13,13 @@ from torch import Tensor
 from rae.autoencoder.encoders import Encoder, load_encoder
 from rae.config import Config, ConfigError
 from rae.data.order import augmentation_draws
+from rae.evaluation.pretrained import open_dino
 from rae.sources import SourceError, cache_folder
 from rae.training.checkpoint import load_optimizers, load_weights, optimizer_tensors
 from rae.training.diffaug import diffaug
 from rae.training.discriminator import Discriminator, NormKind
 from rae.training.durations import Duration
 from rae.training.optim import OptimizerConfig, build_optimizers, set_lr
-from rae.training.pretrained import open_dino
 from rae.training.run import Run
 
 DiscriminatorLoss = Literal["hinge", "vanilla"]

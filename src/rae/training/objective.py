@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from rae.autoencoder.decoder import patchify
 from rae.autoencoder.encoders import Encoder
 from rae.config import Config
+from rae.evaluation.pretrained import load_lpips
 from rae.training.adversarial import AdversarialConfig, Adversary, adaptive_weight, health
 from rae.training.durations import Duration
 from rae.training.perceptual import feature_distance
-from rae.training.pretrained import load_lpips
 from rae.training.run import DTYPES, Run
 
 PATIENCE = 200  # steps of the discriminator before anything is said of the game

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rae.autoencoder.families import IMAGENET
+from rae.evaluation.lpips import LPIPS
 from rae.sources import SourceError, cache_folder, download_wheel
-from rae.training.lpips import LPIPS
 
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 VGG16_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
