@@ -189,6 +189,7 @@ def test_encoder_that_cannot_be_reached(tmp_path):
     ("options", "message"),
     [
         (["--labels", "seven"], "class 'seven' is not among the 10 of this model; it knows 0, 1, 2"),
+        (["--labels", ""], "class '' is not among the 10 of this model"),
         (["--labels", "10"], "class '10' is not among the 10 of this model; did you mean '1'?"),
         (["--cfg", 2, "--interval", 0.9, 0.1], "it must satisfy 0 <= t_min < t_max <= 1"),
         (["--interval", 0.1, 0.9], "without them it has no effect"),
@@ -279,10 +280,12 @@ def test_a_model_folder_does_not_say_its_autoencoder(runs, refused, tmp_path):
 def test_samples_of_two_kinds_are_not_mixed(runs, run, refused, tmp_path):
     command = ["sample", runs / "dit", "--num", 2, "--out", tmp_path / "out"]
     run(*command, "--steps", 2)
-    assert "steps: 2 -> 3\nGive another folder" in refused(*command, "--steps", 3)
+    assert "steps: 2 -> 3\nAsk for the same, or give another folder" in refused(*command, "--steps", 3)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").touch()
     assert "is not empty; give a new folder" in refused("sample", runs / "dit", "--out", tmp_path / "mine")
+    file = tmp_path / "mine/thesis.tex"
+    assert f"{file} is a file; give a folder" in refused("sample", runs / "dit", "--out", file)
 
 
 # --- the machine
@@ -401,6 +404,40 @@ def test_processes_that_do_not_see_each_other(runs, refused, tmp_path, monkeypat
         for command in (["sample", runs / "dit"], ["reconstruct", runs / "decoder", "digits"]):
             assert message in refused(*command, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_launcher_is_told_the_error(refused, tmp_path, monkeypatch):
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    output = refused("doctor", tmp_path / "nowhere")
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))  # as torchrun reads it
+    assert failure.message["message"] + "\n" == output
+    assert abs(failure.timestamp - time.time()) < 60
+
+
+def test_a_process_whose_company_has_ended_says_so_in_one_line(refused, tmp_path, monkeypatch):
+    def closed() -> None:
+        raise RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:54413.")
+
+    monkeypatch.setattr("rae.commands.doctor.print_encoders", closed)
+    assert isinstance(CliRunner().invoke(rae, ["encoders"]).exception, RuntimeError)  # alone it is a defect
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert refused("encoders").startswith("error: another process of this job has ended")
+    assert not (tmp_path / "error.json").exists()  # that of the other one is the reason
+
+
+@pytest.mark.filterwarnings("default::rae.data.image_set.PassedOver")
+def test_images_that_are_passed_over_are_told_once(runs, run, tmp_path, monkeypatch):
+    images = make_images(tmp_path / "images")
+    (images / "phone.heic").touch()
+    command = ["reconstruct", runs / "decoder", images, "--out", tmp_path / "out"]
+    told = f"{images}: images of kinds that are not read are passed over: 1 .heic ({images / 'phone.heic'}, for one)."
+    assert run(*command).count(told) == 1
+    monkeypatch.setenv("RANK", "1")  # of several processes the first one speaks
+    assert told not in run(*command)
 
 
 # --- errors that are not the user's

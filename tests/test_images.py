@@ -13,7 +13,7 @@ from PIL import Image
 
 from rae.config import ConfigError, load_recipe, parse
 from rae.data.crops import center_crop, random_crop
-from rae.data.image_set import read_image
+from rae.data.image_set import PassedOver, read_image
 from rae.data.images import (
     DataConfig,
     ImageError,
@@ -148,7 +148,30 @@ def test_a_class_of_unread_files_is_named(folder, suffix):
     with pytest.raises(ImageError, match=rf"c would be a class, .*: photo{suffix}, for one\. Convert them"):
         open_images(folder)
     Image.fromarray(picture(8, 8)).save(folder / "c/0.png")
-    assert open_images(folder).class_names == ["a", "b", "c"]
+    with pytest.warns(PassedOver, match=rf"passed over: 1 {suffix.lower()} \(.*photo{suffix}, for one\)"):
+        assert open_images(folder).class_names == ["a", "b", "c"]
+
+
+def test_images_of_kinds_that_are_not_read_are_counted_and_change_nothing(folder):
+    before = open_images(folder)
+    for name in ("a/x.gif", "b/deep/Y.GIF", "b/z.heic", "top.jxl", "empty/.hidden.gif"):
+        (folder / name).touch()
+    with pytest.warns(PassedOver) as told:
+        images = open_images(folder)
+    (warning,) = told
+    assert f"{folder}: images of kinds that are not read are passed over: 2 .gif, 1 " in str(warning.message)
+    assert f"({folder / 'top.jxl'}, for one). Convert them" in str(warning.message)
+    assert "1 .heic" in str(warning.message)
+    assert (images.names, images.identity) == (before.names, before.identity)
+
+
+def test_nothing_but_kinds_that_are_not_read(tmp_path):
+    for name in ("a.gif", "b.gif"):
+        (tmp_path / name).touch()
+    with pytest.raises(ImageError, match=r"holds no images .*; 2 \.gif are there: convert them"):
+        open_images(tmp_path)
+    with pytest.raises(ImageError, match=r"a\.gif is a file of a kind that is not read \(\.jpg, .*\.tar\)"):
+        open_images(tmp_path / "a.gif")
 
 
 def test_names_need_not_be_utf8(tmp_path):
@@ -306,7 +329,7 @@ def test_broken_image_is_named(folder, workers):
     truncate(folder / "b/2.jpg")
     config = DataConfig(source=str(folder), workers=workers)
     stream = Stream(open_images(folder), config, (24, 24), seed=0)
-    message = r"^[^\n]*b/2\.jpg: cannot be decoded \([^\n]*truncated[^\n]*data\.on_broken: skip\.$"
+    message = r"^[^\n]*b/2\.jpg: cannot be decoded \([^\n]*truncated[^\n]*data\.on_broken: skip in a recipe, --skip-broken of a command\.$"
     with pytest.raises(ImageError, match=message):
         list(loader(stream, [range(5)], config))
 

@@ -47,3 +47,19 @@ def test_what_is_no_picture_is_refused(tmp_path):
         save_image(torch.zeros(4, 8, 8), tmp_path / "a.png")
     with pytest.raises(ValueError, match="not finite"):
         save_image(torch.full((3, 8, 8), torch.nan), tmp_path / "a.png")
+
+
+def test_one_number_is_both_sides(tmp_path):
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    assert load_images([tmp_path / "a.png"], 8).shape == (1, 3, 8, 8)
+    with pytest.raises(ImageError, match=r"10 x 20 pixels .* 16 x 16"):
+        load_images([tmp_path / "a.png"], 16)
+
+
+def test_what_is_no_list_of_files_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"is a folder; give a list: load_images\(sorted\(Path\("):
+        load_images(tmp_path, 8)
+    with pytest.raises(ValueError, match="no files to load"):
+        load_images([], 8)
+    with pytest.raises(ImageError, match=r"nowhere\.png: there is no such file"):
+        load_images([tmp_path / "nowhere.png"], 8)

@@ -331,6 +331,15 @@ def test_an_autoencoder_that_was_downloaded(dit, monkeypatch, tmp_path):
     assert asked == [("someone/on-the-hub", "config.json")]
 
 
+def test_baselines_need_no_folder_but_their_weights(dit, tmp_path):
+    change_recipe(dit, rae="pixels@16")
+    assert found(dit) == []
+    change_recipe(dit, rae=f"sd-vae:{tmp_path}@16")
+    assert found(dit) == []
+    change_recipe(dit, rae="sd-vae:nowhere@16")
+    assert re.search(r"its autoencoder sd-vae:nowhere@16 is not here.*\n.*--autoencoder sd-vae:FOLDER@SIZE", only(dit))
+
+
 def test_an_autoencoder_that_is_another_one_now(dit, runs, tmp_path):
     recipe = decoder_recipe(runs / "encoder", statistics=False, run__duration="1st")
     other = train_decoder(recipe, tmp_path / "other")

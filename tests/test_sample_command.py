@@ -237,7 +237,7 @@ def test_latents_may_be_added_and_not_left_out(whole, coupled, runs, run, refuse
     run(*command, "--latents")
     assert made(tmp_path / "out") == made(whole)
     assert (tmp_path / "out/000003.png").stat().st_mtime_ns == before
-    assert "latents_kept: True -> False" in refused(*command)
+    assert "another way:\n  latents_kept: True -> False\nAsk for the same" in refused(*command)
     (tmp_path / "out/latents/000003.safetensors").write_bytes(b"")
     assert "000003.safetensors is damaged (it is empty); delete it" in refused(*command, "--latents")
 
@@ -361,13 +361,14 @@ def test_what_will_be_done_is_said_first(runs, run, tmp_path):
         (["--cfg", 1.5], None),
         (["--autoguidance", "SELF", 0.5], "--autoguidance 0.5 is below 1: it weakens, and leads towards the guiding"),
         (["--autoguidance", "SELF", 1], "--autoguidance 1 is no guidance"),
+        (["--autoguidance", "SELF", 1.5], "--autoguidance by the model itself is no guidance, whatever its scale"),
     ],
 )
 def test_guidance_that_does_not_guide_is_said(runs, run, tmp_path, options, said):
     options = [runs / "dit" if option == "SELF" else option for option in options]
     output = run("sample", runs / "dit", "--num", 1, "--steps", 2, *options, "--out", tmp_path / "out")
     assert (said or "CFG 1.5") in output
-    assert (said is None) == ("above 1 it guides" not in output)
+    assert (said is None) == ("above 1 it guides" not in output and "a weaker one guides" not in output)
 
 
 def test_guidance_that_is_no_number(runs, refused, tmp_path):

@@ -55,11 +55,20 @@ def claim(folder: Path, file: str, protocol: dict[str, Any], grows: tuple[str, .
         if before == protocol:
             return
         pairs = {key: (before.get(key), protocol.get(key)) for key in sorted(before.keys() | protocol.keys())}
-        changed = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
-        if any(key not in grows or not _begins(now, was) for key, (was, now) in changed.items()):
-            lines = "\n".join(f"  {key}: {str(was)[:60]} -> {str(now)[:60]}" for key, (was, now) in changed.items())
-            raise OutputError(f"{folder} holds pictures that were made in another way:\n{lines}\nGive another folder.")
+        refused = {
+            key: (was, now)
+            for key, (was, now) in pairs.items()
+            if was != now and not (key in grows and _begins(now, was))
+        }
+        if refused:
+            lines = "\n".join(f"  {key}: {str(was)[:60]} -> {str(now)[:60]}" for key, (was, now) in refused.items())
+            raise OutputError(
+                f"{folder} holds pictures that were made in another way:\n{lines}\n"
+                "Ask for the same, or give another folder."
+            )
     else:
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"{folder} is a file; give a folder.")
         folder.mkdir(parents=True, exist_ok=True)
         if any(not found.name.startswith(".") for found in folder.iterdir()):
             raise OutputError(f"{folder} is not empty; give a new folder.")

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import torch
 
+from rae.autoencoder.baselines import is_baseline
 from rae.autoencoder.rae import RAE, RAEConfig
 from rae.commands.doctor import in_hub_cache
 from rae.commands.run_record import RunRecord
@@ -134,6 +135,14 @@ def check_autoencoder(run: RunRecord) -> Iterator[str]:
     if not isinstance(run.recipe, DiTRecipe) or run.state is None:
         return
     name, trained = run.recipe.rae, run.state["identity"]["latents"]
+    if is_baseline(name):  # pixels need nothing; of SD-VAE, whether it is the same one is told by its weights alone
+        weights = name.partition(":")[2].rpartition("@")[0]
+        if weights and not Path(weights).expanduser().is_dir() and not _downloaded(weights):
+            yield (
+                f"its autoencoder {name} is not here, nor was it downloaded from the hub.\nStart from the folder it "
+                f"was trained in, or give `rae sample {run.folder} --autoencoder sd-vae:FOLDER@SIZE`."
+            )
+        return
     places = [place for above in (Path(), *run.folder.absolute().parents) if (place := above / name).is_dir()]
     others = []
     for place in places:
@@ -145,7 +154,7 @@ def check_autoencoder(run: RunRecord) -> Iterator[str]:
         if found == trained:
             return
         others.append(f"is another one now: the model lives in latent space {trained[:12]}, {place} has {found[:12]}.")
-    if others or not in_hub_cache(name.removeprefix("hub:"), "config.json"):
+    if others or not _downloaded(name):
         yield (
             f"its autoencoder {name} {others[0] if others else 'is not here, nor was it downloaded from the hub.'}\n"
             f"`rae sample {run.folder} --autoencoder FOLDER` takes it from elsewhere, and so does rae=FOLDER behind "
@@ -283,6 +292,10 @@ def findings(run: RunRecord) -> list[str]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def _downloaded(name: str) -> bool:
+    return in_hub_cache(name.removeprefix("hub:"), "config.json") is not None
 
 
 def _latent_identity(folder: Path) -> str:

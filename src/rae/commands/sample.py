@@ -103,6 +103,8 @@ def sample_to_folder(
         f"{device.type}, {_count(state.num_processes, 'process', 'processes')}, {batch} images at a time"
     )
     protocol = protocol_of(diffusion, rae, chosen, **settings)
+    if autoguidance and protocol["guidance"]["weak"] == protocol["model"]:
+        warn("--autoguidance by the model itself is no guidance, whatever its scale; a weaker one guides.")
     images = [out / picture_name(i) for i in range(len(chosen))]
     unkept = sum(not (out / latent_name(i)).exists() for i in range(len(chosen))) if latents else 0
     job, rows = None, []
@@ -153,11 +155,11 @@ def choose_labels(
         ValueError: an unknown class, or classes asked of an unconditional model.
     """
     if model.null_label == 0:  # unconditional: no classes, the null label for every image
-        if labels or per_class or random_from is not None:
+        if labels is not None or per_class or random_from is not None:
             raise ValueError("this model is unconditional: it knows no classes; give --num alone.")
         return [model.null_label] * (num or 16)
     names, classes, default = model.config.class_names or (), list(range(model.null_label)), 16
-    if labels:
+    if labels is not None:
         indices = not any(name.isdecimal() for name in names)
         asked = [int(text) if indices and text.isdecimal() else text for text in map(str.strip, labels.split(","))]
         classes, default = [model.label_indices([label]).item() for label in asked], len(asked)
@@ -191,7 +193,8 @@ def _check_room(path: Path, size: int, remedy: str) -> None:
 
 def _overview(out: Path) -> Path:
     """Beside the folder, not in it, where it would be taken for one of the samples."""
-    return Path(f"{os.path.abspath(out)}-overview.png")
+    named = out if out.name not in ("", "..") else Path(os.path.abspath(out))
+    return named.with_name(f"{named.name}-overview.png")
 
 
 def _weak_guidance(guidance: CFG | AutoGuidance) -> str:
@@ -210,7 +213,7 @@ def _describe_labels(labels: Sequence[int], null_label: int, random: bool) -> st
 
 
 def _describe(settings: dict[str, Any]) -> str:
-    guidance, steps = settings["guidance"], f"{settings['steps']} steps (grid: {settings['grid']})"
+    guidance, steps = settings["guidance"], f"{_count(settings['steps'], 'step', 'steps')} (grid: {settings['grid']})"
     by = "no guidance"
     if guidance:
         kind = type(guidance).__name__
@@ -219,7 +222,8 @@ def _describe(settings: dict[str, Any]) -> str:
 
 
 def _written(out: Path, protocol: dict[str, Any], rae: Autoencoder, npz: Path | None, no_pngs: bool) -> Table:
-    table, (height, width), images = Table("written", "what"), protocol["size"], f"{protocol['images']:,} images"
+    table, (height, width) = Table("written", "what"), protocol["size"]
+    images = _count(protocol["images"], "image", "images")
     if not no_pngs:
         table.add_row(escape(f"{out}/{picture_name(0)} ..."), f"{images} of {height} x {width} pixels")
     if protocol["latents_kept"]:
@@ -228,7 +232,7 @@ def _written(out: Path, protocol: dict[str, Any], rae: Autoencoder, npz: Path | 
     table.add_row(escape(f"{out}/{PROTOCOL}"), "how they were made, and what it took")
     table.add_row(escape(str(_overview(out))), "the first of them, by class")
     if npz:
-        table.add_row(escape(str(npz)), f"all {images}, {npz.stat().st_size / 2**20:,.1f} MiB")
+        table.add_row(escape(str(npz)), f"{images}, {npz.stat().st_size / 2**20:,.1f} MiB")
     return table
 
 
@@ -236,9 +240,10 @@ def _describe_job(job: dict[str, Any]) -> str:
     images, processes = _count(job["images"], "image", "images"), _count(job["processes"], "process", "processes")
     more = f" ({job['computed']:,} computed)" if job["computed"] > job["images"] else ""
     guiding = f", {_rounded(job['guiding_passes'])} of the guiding model" if job["guiding_passes"] else ""
+    calls, passes = _count(job["calls"], "call", "calls"), _count(job["passes"], "pass", "passes")
     return (
         f"{images}{more} in {job['seconds']:,.1f} s, {processes}; each {job['seconds'] / job['computed']:.3g} s, "
-        f"{_rounded(job['calls'])} calls by the sampler, {_rounded(job['passes'])} passes of the model{guiding}"
+        f"{calls} by the sampler, {passes} of the model{guiding}"
     )
 
 
@@ -249,8 +254,8 @@ def _names(labels: Sequence[int], class_names: Sequence[str] | None) -> str:
     return ", ".join(f"{name} x {count}" if count > 1 else name for name, count in names)
 
 
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number:,} {one if number == 1 else many}"
+def _count(number: float, one: str, many: str) -> str:
+    return f"{_rounded(number)} {one if number == 1 else many}"
 
 
 def _rounded(count: float) -> str:

@@ -6,15 +6,21 @@ import hashlib
 import importlib.util
 import os
 import re
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from rae.data.image_set import SUFFIXES, ImageError, Images, digest, read_image
+from rae.data.image_set import SUFFIXES, ImageError, Images, PassedOver, digest, read_image
 
-OTHER_SUFFIXES = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl")  # images as well, and not read
+# images as well, and not read
+OTHER_SUFFIXES = (
+    *(".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".psd", ".svg"),
+    *(".arw", ".cr2", ".cr3", ".dng", ".nef"),  # of cameras
+)
 DATA_SUFFIXES = (".parquet", ".arrow", ".tar")  # files that hold many images
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 # Colour photographs that lie inside the scikit-image package itself; the others would be downloaded.
@@ -114,33 +120,57 @@ def open_folder(root: Path) -> Images:
     Raises:
         ImageError: no such folder, an empty one, one with images both in it and in sub-folders, or a class whose images
             are all of a kind that is not read.
+
+    Warns:
+        PassedOver: some images are of a kind that is not read.
     """
     if _is_image(root):
         return _from_files(root.parent, [root.name], [0], None)
+    if root.is_file():
+        raise ImageError(f"{root} is a file of a kind that is not read ({', '.join((*SUFFIXES, *DATA_SUFFIXES))}).")
     if not root.is_dir():
         known = "a folder, .parquet, .arrow or .tar files, hf:owner/name, digits or photographs"
         raise ImageError(f"{root}: no such folder of images. A source is {known}.")
     flat, folders = _contents(root)
-    found = {folder: sorted(str(file.relative_to(root)) for file in _walk(folder, root)) for folder in folders}
-    classes = {folder.name: files for folder, files in found.items() if files}
+    other = sorted(name for name in os.listdir(root) if _is_image(root / name, OTHER_SUFFIXES))
+    classes = {}
+    for folder in folders:
+        found = sorted(str(file.relative_to(root)) for file in _walk(folder, root, SUFFIXES + OTHER_SUFFIXES))
+        files = [file for file in found if file.lower().endswith(SUFFIXES)]
+        if files:
+            classes[folder.name] = files
+        elif found and not flat:
+            raise ImageError(
+                f"{folder} would be a class, but of its images none is of a kind that is read ({', '.join(SUFFIXES)}): "
+                f"{Path(found[0]).name}, for one. Convert them, or move the folder away."
+            )
+        other += [file for file in found if file.lower().endswith(OTHER_SUFFIXES)]
     if flat and classes:
         raise ImageError(
             f"{root} holds {len(flat)} images and also {len(classes)} folders of images ({', '.join(classes)[:80]}): "
             "move all images into folders, one for each class, or all into one folder without classes."
         )
-    for folder, files in found.items():
-        other = None if files or flat else next(_walk(folder, root, OTHER_SUFFIXES), None)
-        if other:
-            raise ImageError(
-                f"{folder} would be a class, but of its images none is of a kind that is read ({', '.join(SUFFIXES)}): "
-                f"{other.name}, for one. Convert them, or move the folder away."
-            )
     if not flat and not classes:
-        raise ImageError(f"{root} holds no images ({', '.join(SUFFIXES)}), and no {', '.join(DATA_SUFFIXES)} files.")
+        unread = f"; {_counted(other)} are there: convert them" if other else ""
+        kinds = f"({', '.join(SUFFIXES)}), and no {', '.join(DATA_SUFFIXES)} files"
+        raise ImageError(f"{root} holds no images {kinds}{unread}.")
+    if other:
+        warnings.warn(
+            f"{root}: images of kinds that are not read are passed over: {_counted(other)} ({root / other[0]}, for "
+            "one). Convert them to .png or .jpg to take them along.",
+            PassedOver,
+            stacklevel=2,
+        )
     if flat:
         return _from_files(root, flat, [0] * len(flat), None)
     labels = [label for label, files in enumerate(classes.values()) for _ in files]
     return _from_files(root, [file for files in classes.values() for file in files], labels, list(classes))
+
+
+def _counted(files: Sequence[str]) -> str:
+    """["a.gif", "b/c.GIF", "d.heic"] -> "2 .gif, 1 .heic"."""
+    kinds = Counter(Path(file).suffix.lower() for file in files).most_common()
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds)
 
 
 def _contents(root: Path) -> tuple[list[str], list[Path]]:

@@ -18,6 +18,10 @@ class ImageError(ValueError):
     """Images that cannot be used; the message names the file, row or folder and the remedy."""
 
 
+class PassedOver(UserWarning):
+    """Images that lie in a folder and are not read; the message counts them."""
+
+
 @dataclass(frozen=True)
 class Images:
     """A fixed list of labelled images, any of which can be read at any time.
@@ -61,13 +65,14 @@ def read_image(file: str | Path | bytes, name: str | None = None) -> np.ndarray:
                 picture = Image.alpha_composite(white, picture.convert("RGBA"))
             return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
     except FileNotFoundError as error:
-        raise ImageError(f"{name}: gone since the folder was listed.") from error
+        raise ImageError(f"{name}: there is no such file (any more).") from error
     except (OSError, SyntaxError, TypeError, ValueError, struct.error, Image.DecompressionBombError) as error:
         if isinstance(error, ImageError):
             raise
         reason = "not an image that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
         raise ImageError(
-            f"{name}: cannot be decoded ({reason}). Replace or remove it, or set data.on_broken: skip."
+            f"{name}: cannot be decoded ({reason}). Replace or remove it, or have it skipped: data.on_broken: "
+            "skip in a recipe, --skip-broken of a command."
         ) from error
 
 

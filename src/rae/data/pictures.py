@@ -12,29 +12,36 @@ from rae.data.image_set import ImageError, read_image
 from rae.data.images import to_bytes, to_tensor, to_unit
 
 
-def load_images(files: Sequence[str | Path], size: tuple[int, int], *, enlarge: bool = False) -> Tensor:
+def load_images(files: Sequence[str | Path], size: tuple[int, int] | int, *, enlarge: bool = False) -> Tensor:
     """Picture files -> [0,1] images [B,3,H,W], read and centre-cropped as in training.
 
     Args:
         files: of any kind that Pillow reads.
-        size: (H, W) in pixels, such as `rae.image_size`.
+        size: (H, W) in pixels, such as `rae.image_size`, or one number for both.
         enlarge: allow pictures smaller than that (bicubic).
 
     Raises:
         ImageError: a file that cannot be decoded, or is too small.
-        TypeError: one file instead of a list.
+        TypeError: one file, or a folder, instead of a list.
+        ValueError: an empty list.
     """
     if isinstance(files, str | Path):
-        raise TypeError(f"{files!r} is one file; give a list: load_images([{str(files)!r}], size).")
+        one, listed = "file", f"[{str(files)!r}]"
+        if Path(files).is_dir():
+            one, listed = "folder", f"sorted(Path({str(files)!r}).iterdir())"
+        raise TypeError(f"{files!r} is a {one}; give a list: load_images({listed}, size).")
+    if not files:
+        raise ValueError("there are no files to load; give a list of one or more.")
+    height, width = (size, size) if isinstance(size, int) else size
     pictures = []
     for file in files:
         picture = read_image(file)
-        if not enlarge and (picture.shape[0] < size[0] or picture.shape[1] < size[1]):
+        if not enlarge and (picture.shape[0] < height or picture.shape[1] < width):
             raise ImageError(
                 f"{file} is {picture.shape[0]} x {picture.shape[1]} pixels (height x width), smaller than the "
-                f"{size[0]} x {size[1]} asked for; enlarge=True enlarges it (bicubic)."
+                f"{height} x {width} asked for; enlarge=True enlarges it (bicubic)."
             )
-        pictures.append(to_tensor(center_crop(picture, size)))
+        pictures.append(to_tensor(center_crop(picture, (height, width))))
     return to_unit(torch.stack(pictures))
 
 
