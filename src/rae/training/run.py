@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from accelerate.utils import gather_object
 from pydantic import PositiveInt
 from rich.console import Console
 from rich.table import Table
 
 from rae.config import Config, ConfigError
-from rae.data.images import DataConfig, ImageError, Images, Stream, readable
-from rae.data.order import batch_positions, image_index
+from rae.data.images import DataConfig, Images, Stream
+from rae.data.order import batch_positions
 from rae.processes import accelerator
 from rae.training.checkpoint import checkpoints, keep_models, newest_checkpoint, read_state, save_checkpoint
 from rae.training.display import progress, save_sheet
@@ -28,6 +27,7 @@ from rae.training.durations import Duration, in_images
 from rae.training.optim import OptimizerConfig, learning_rate, schedule_warning
 from rae.training.run_folder import TrainingError, check_recipe, claim, keep_recipe, size, truncate_log
 from rae.training.sharding import whole
+from rae.training.unreadable import Unreadable
 
 T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -101,7 +101,8 @@ class Run:
         self._best, self._best_at = math.inf, None  # of the figure that `judge` compares, and where it was
         self._judged_by = None  # the images of that figure
         self._starts: dict[str, int] = {}
-        self._schedules, self._optims, self._broken, self._newly_broken = {}, {}, set(), set()
+        self._schedules, self._optims = {}, {}
+        self._unreadable = Unreadable(self.warn, self.record)
         self._epoch, self._told = epoch, set()
 
     def __enter__(self) -> "Run":
@@ -252,7 +253,7 @@ class Run:
         if self.main:
             keep_recipe(self.folder, self.recipe)  # not before: what is refused leaves the run as it was
         kept = truncate_log(self.folder / "log.jsonl", self.seen) if self.main else []
-        self._broken |= {line["broken"] for line in kept if "broken" in line}
+        self._unreadable.remember(kept)
         self._told |= {line["about"] for line in kept if "about" in line}
         if self.config.trackers:
             self.accelerator.init_trackers(self.folder.resolve().name)
@@ -282,7 +283,7 @@ class Run:
 
     def log(self, **figures: float) -> dict[str, float]:
         """All processes call it: log.jsonl and trackers get the averages since the last line, and `figures`."""
-        self._tell_broken()
+        self._unreadable.tell()
         now = time.monotonic()
         rate = (self.seen - self._clock_seen) / (now - self._clock)
         self._clock, self._clock_seen = now, self.seen
@@ -337,7 +338,7 @@ class Run:
 
     def save(self, write: Callable[[Path], None]) -> None:
         """All processes call it: write a checkpoint; where a signal asked for the end, end with its exit status."""
-        self._tell_broken()  # which a run that goes on from here would not meet again
+        self._unreadable.tell()  # which a run that goes on from here would not meet again
         if self.main:
             best = self._best_at == self.seen
             save_checkpoint(self.folder, self.seen, write, keep=self.config.keep, best=best)
@@ -351,19 +352,11 @@ class Run:
 
     def watch_broken(self, stream: Stream, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict]:
         """Pass batches of the stream on; `log` says once of every unreadable image that another took its place."""
-        for batch in batches:
-            for position, index in zip(batch["position"].tolist(), batch["index"].tolist()):
-                wanted = image_index(position, len(stream.images), stream.seed)
-                if wanted != index:
-                    self._newly_broken.add(stream.images.names[wanted])
-            yield batch
+        return self._unreadable.watch(stream, batches)
 
-    def _tell_broken(self) -> None:
-        for name in sorted({*gather_object(list(self._newly_broken))} - self._broken):
-            self._broken.add(name)
-            self.warn(f"{name} cannot be read; the next image takes its place ({len(self._broken)} so far)")
-            self.record(broken=name)
-        self._newly_broken = set()
+    def leave_out(self, name: str) -> None:
+        """Say once that a held-out image cannot be read and is left out."""
+        self._unreadable.leave_out(name)
 
     def check_held_out(self, images: Images | None, data: DataConfig, size: tuple[int, int]) -> None:
         """Read the held-out images once, so that one that cannot be read ends the run now and not hours later.
@@ -375,25 +368,13 @@ class Run:
         """
         if not images:
             return
-        count = min(len(images), self.config.evaluate_images)
-        judged_by = f"{count} of {images.identity}"
+        judged_by = f"{min(len(images), self.config.evaluate_images)} of {images.identity}"
         if self._judged_by not in (None, judged_by):
             self._best = math.inf
             self.warn("data.held_out or run.evaluate_images has other images than before: `best` is found anew")
         self._judged_by = judged_by
         if self.main:
-            batches = readable(images, data, size, range(count), batch=64, left_out=self.leave_out)
-            if not sum(len(batch["index"]) for batch in batches):
-                raise ImageError(
-                    f"none of the first {count} held-out images can be read (run.evaluate_images is "
-                    f"{self.config.evaluate_images}); the first is {images.names[0]}. Replace or remove them."
-                )
-
-    def leave_out(self, name: str) -> None:
-        """Say once that a held-out image cannot be read and is left out."""
-        if name not in self._broken:
-            self._broken.add(name)
-            self.warn(f"{name} cannot be read; it is left out of the held-out images")
+            self._unreadable.check_held_out(images, data, size, self.config.evaluate_images)
 
     def judge(self, *, best_by: str, **figures: float) -> None:
         """Record figures of held-out images; a checkpoint of this step becomes the `best` if none had a lower one."""
