@@ -15,7 +15,6 @@ from typing import Any, Literal, TypeVar
 import torch
 from pydantic import PositiveInt
 from rich.console import Console
-from rich.table import Table
 
 from rae.config import Config, ConfigError
 from rae.data.images import DataConfig, Images, Stream
@@ -25,7 +24,16 @@ from rae.training.checkpoint import checkpoints, keep_models, newest_checkpoint,
 from rae.training.display import progress, save_sheet
 from rae.training.durations import Duration, in_images
 from rae.training.optim import OptimizerConfig, learning_rate, schedule_warning
-from rae.training.run_folder import TrainingError, check_recipe, claim, keep_recipe, size, truncate_log
+from rae.training.run_folder import (
+    TrainingError,
+    check_identity,
+    check_recipe,
+    check_starts,
+    claim,
+    keep_recipe,
+    truncate_log,
+    written,
+)
 from rae.training.sharding import whole
 from rae.training.unreadable import Unreadable
 
@@ -208,21 +216,8 @@ class Run:
     def resume(self, identity: dict[str, str]) -> None:
         """Go on from the checkpoint's state, provided that images and latents are still the same."""
         state = read_state(self.checkpoint / "train")
-        for name, now in identity.items():
-            if (begun := state["identity"][name]) != now:
-                counts = f" ({state['epoch']:,} then, {self._epoch:,} now)" if name == "images" else ""
-                raise TrainingError(
-                    f"{self.folder} was trained on {name} {begun[:12]}, this is {name} {now[:12]}{counts}: files were "
-                    "added, removed or changed, or the recipe names others. Restore them, or begin a new run in "
-                    "another folder."
-                )
-        for key, now in self._starts.items():
-            begun, batch = state["starts"][key], self.config.batch
-            if now != begun and min(now, begun) < state["images"]:
-                raise TrainingError(
-                    f"{key} was step {begun // batch} of this run, it is step {now // batch} now, and "
-                    f"{state['images'] // batch} steps are made: too late. {key}={begun // batch}st keeps it."
-                )
+        check_identity(self.folder, state, identity, self._epoch)
+        check_starts(state, self._starts, self.config.batch)
         self.seen, self._window, self._best = state["images"], state["window"], state["best"]
         self._judged_by = state.get("judged_by")  # which, like the device, checkpoints of earlier versions have not
         if self.seen > self.total:
@@ -410,22 +405,8 @@ class Run:
 
     def conclude(self) -> Path:
         """The table of what the run wrote."""
-        kept = checkpoints(self.folder)
         self._say(f"{self.folder}: finished, {self.seen:,} images seen")
-        table = Table("written", "what", "size")
-        rows = {
-            f"checkpoints/{kept[-1].name}/model": "the model, EMA weights",
-            "best": "names the checkpoint that did best on held-out images",
-            "checkpoints": f"{len(kept)}, each to go on from",
-            "kept": "the models of the steps that run.keep_at names",
-            "samples": "sheets of pictures",
-            "log.jsonl": "figures",
-            "recipe.yaml": "what was asked for",
-        }
-        for name, what in rows.items():
-            if (self.folder / name).exists():
-                table.add_row(name, what, size(self.folder / name))
-        self.console.print(table)
+        self.console.print(written(self.folder))
         if self.stop is not None:  # a signal in the last step: what comes after training shall not begin
             raise SystemExit(128 + self.stop)
         return self.folder

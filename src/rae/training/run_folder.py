@@ -1,4 +1,4 @@
-"""The folder of a run: locked while it is at work, its recipe compared, its log cut back to the checkpoint.
+"""The folder of a run: locked while it is at work, compared with what is asked for, its log cut back to the checkpoint.
 
 runs/x/
     recipe.yaml     what was asked for; a resumed run must ask for the same
@@ -11,11 +11,12 @@ runs/x/
 import contextlib
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.table import Table
 
 from rae.config import Config, ConfigError, load_recipe
 from rae.folders import aside, checkpoints
@@ -65,6 +66,36 @@ def check_recipe(folder: Path, recipe: Config) -> None:
             )
 
 
+def check_identity(folder: Path, state: Mapping[str, Any], identity: Mapping[str, str], epoch: int) -> None:
+    """Refuse to go on with other images, latents or networks than those that the run was begun with.
+
+    Args:
+        folder: of the run.
+        state: of its checkpoint.
+        identity: checksums of what it would go on with, by name.
+        epoch: images in an epoch, now.
+    """
+    for name, now in identity.items():
+        if (begun := state["identity"][name]) != now:
+            counts = f" ({state['epoch']:,} then, {epoch:,} now)" if name == "images" else ""
+            raise TrainingError(
+                f"{folder} was trained on {name} {begun[:12]}, this is {name} {now[:12]}{counts}: files were "
+                "added, removed or changed, or the recipe names others. Restore them, or begin a new run in "
+                "another folder."
+            )
+
+
+def check_starts(state: Mapping[str, Any], starts: Mapping[str, int], batch: int) -> None:
+    """Refuse to move the start of a part of the training, in images, that is past or would be."""
+    for key, now in starts.items():
+        begun = state["starts"][key]
+        if now != begun and min(now, begun) < state["images"]:
+            raise TrainingError(
+                f"{key} was step {begun // batch} of this run, it is step {now // batch} now, and "
+                f"{state['images'] // batch} steps are made: too late. {key}={begun // batch}st keeps it."
+            )
+
+
 def keep_recipe(folder: Path, recipe: Config) -> None:
     """Write the recipe of a run that goes on, or begins."""
     with aside(folder / "recipe.yaml") as hidden:
@@ -78,6 +109,25 @@ def truncate_log(path: Path, seen: int) -> list[dict[str, Any]]:
     with aside(path) as hidden:
         hidden.write_text("".join(kept))
     return [json.loads(line) for line in kept]
+
+
+def written(folder: Path) -> Table:
+    """What a run that is finished wrote, and how large it is."""
+    kept = checkpoints(folder)
+    rows = {
+        f"checkpoints/{kept[-1].name}/model": "the model, EMA weights",
+        "best": "names the checkpoint that did best on held-out images",
+        "checkpoints": f"{len(kept)}, each to go on from",
+        "kept": "the models of the steps that run.keep_at names",
+        "samples": "sheets of pictures",
+        "log.jsonl": "figures",
+        "recipe.yaml": "what was asked for",
+    }
+    table = Table("written", "what", "size")
+    for name, what in rows.items():
+        if (folder / name).exists():
+            table.add_row(name, what, size(folder / name))
+    return table
 
 
 def size(path: Path) -> str:
