@@ -235,6 +235,7 @@ def readable(
     *,
     batch: int,
     left_out: Callable[[str], object],
+    views: type[Views] = Views,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Centre crops of the images at `indices` in batches, as of `Views`, and none in the place of a broken one.
 
@@ -243,9 +244,10 @@ def readable(
         indices: of the images to read.
         batch: images at a time; fewer where one is broken.
         left_out: is told the name of every image that cannot be read, where `config.on_broken` is "skip".
+        views: a kind of `Views` that is particular about sizes.
     """
     chunks = [indices[start : start + batch] for start in range(0, len(indices), batch)]
-    for chunk, items in zip(chunks, loader(Views(images, config, size), chunks, config)):
+    for chunk, items in zip(chunks, loader(views(images, config, size), chunks, config)):
         wanted = torch.tensor(chunk)
         own = items["index"] == wanted
         for index in wanted[~own].tolist():
