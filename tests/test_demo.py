@@ -118,6 +118,14 @@ def test_other_settings_need_another_folder(finished, tmp_path):
         demo.run_demo(tmp_path)
 
 
+def test_a_demo_that_was_killed_while_it_noted_its_settings_begins_anew(tmp_path):
+    asked = demo.Asked(version="1", quick=True, photos=None, images=None)
+    (tmp_path / ".demo.json.1").write_text('{"version":')
+    demo._claim(tmp_path, asked)
+    assert (tmp_path / "demo.json").read_text() == asked.model_dump_json(indent=1)
+    demo._claim(tmp_path, asked)
+
+
 def save_photos(folder: Path, count: int) -> Path:
     """Noise in two folders of classes."""
     noise = np.random.default_rng(0).integers(0, 256, (count, 60, 80, 3), dtype=np.uint8)

@@ -1,11 +1,11 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and folders that one process holds."""
 
 import contextlib
 
 import pytest
 
 from rae import folders
-from rae.folders import aside
+from rae.folders import aside, locked
 
 
 @pytest.mark.parametrize("durable", [False, True])
@@ -33,3 +33,18 @@ def test_a_durable_file_is_on_the_disk_before_it_has_its_name_and_its_name_after
             hidden.write_text("new")
         assert seen == ([(hidden, False), (tmp_path, True)] if durable else [])
         path.unlink()
+
+
+def test_a_folder_is_held_by_one_at_a_time(tmp_path):
+    folder = tmp_path / "new/folder"
+    with locked(folder, ValueError("taken")):
+        with pytest.raises(ValueError, match=r"^taken$"), locked(folder, ValueError("taken")):
+            pytest.fail("held twice")
+        with locked(tmp_path / "other", ValueError("taken")):
+            pass
+    with locked(folder, ValueError("taken")):
+        pass
+    with pytest.raises(ValueError, match=r"^taken$"), locked(folder, ValueError("other")):
+        raise ValueError("taken")
+    with locked(folder, ValueError("taken")):  # let go by an error as well
+        assert [file.name for file in folder.iterdir()] == [".lock"]

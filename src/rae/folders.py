@@ -7,6 +7,7 @@
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -157,6 +158,23 @@ def aside(path: Path, *, durable: bool = False) -> Iterator[Path]:
             fsync(path.parent)
     finally:
         hidden.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, taken: Exception) -> Iterator[None]:
+    """Make a folder and hold it alone; the lock goes with the process, however it ends.
+
+    Args:
+        folder: a file `.lock` is left in it.
+        taken: is raised where another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise taken from error
+        yield
 
 
 def write_folder(folder: str | Path, kind: str, write: Callable[[Path], None]) -> None:

@@ -7,7 +7,6 @@ images --Views--> [0,1] images --RAE.encode--> latents --store--> shards/00000.a
 """
 
 import contextlib
-import fcntl
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +37,7 @@ from rae.data.latent_format import (
     store,
     write_shard,
 )
-from rae.folders import aside, sha256
+from rae.folders import aside, locked, sha256
 from rae.processes import process_state
 from rae.training.display import progress
 from rae.training.latents import check_crop, origin_of
@@ -156,18 +155,13 @@ def _check_finite(lost: torch.Tensor, z: torch.Tensor, names: list[str], dtype: 
 
 @contextlib.contextmanager
 def _claim(folder: Path) -> Iterator[None]:
-    """Make and lock the folder; the lock goes with the process, however it ends."""
+    """Make and lock the folder, a new one or one of a cache."""
     if folder.exists() and not folder.is_dir():
         raise CacheError(f"{folder} is a file; give a folder.")
     is_cache = any((folder / name).is_file() for name in ("partial.json", "cache.json"))
     if not is_cache and folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise CacheError(f"{folder} is not empty, and no latent cache; give a new folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CacheError(f"another process is writing {folder}; wait for it, or give another folder.") from error
+    with locked(folder, CacheError(f"another process is writing {folder}; wait for it, or give another folder.")):
         yield
 
 

@@ -21,6 +21,7 @@ from rae.demo.measure import Findings, measure_decoder, measure_latents, measure
 from rae.demo.page import render
 from rae.demo.parts import Parts, total
 from rae.demo.studies import Study
+from rae.folders import aside
 from rae.training.decoder import train_decoder
 from rae.training.dit import train_dit
 
@@ -91,11 +92,12 @@ def _claim(out: Path, asked: Asked) -> None:
             raise ConfigError(
                 f"{out} was begun with other settings ({'; '.join(changed)}): give another --out, or remove it."
             )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
         raise ConfigError(f"{out} exists and is not a demo's folder; give another --out.")
     else:
         out.mkdir(parents=True, exist_ok=True)
-        path.write_text(asked.model_dump_json(indent=1))
+        with aside(path) as hidden:
+            hidden.write_text(asked.model_dump_json(indent=1))
 
 
 def _fetch_encoder() -> None:

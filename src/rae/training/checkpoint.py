@@ -15,7 +15,6 @@ be killed at any instruction; the next start goes on from the newest folder.
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -26,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rae.folders import checkpoints, fsync, fsync_all, sha256
+from rae.folders import aside, checkpoints, fsync, fsync_all, sha256
 from rae.training.sharding import part_for
 
 # What one step leaves behind for every parameter; more or less than this in a file is an error.
@@ -168,18 +167,18 @@ def optimizer_tensors(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, 
 @contextlib.contextmanager
 def _written(run: Path, final: Path, write: Callable[[Path], None], pointers: list[str]) -> Iterator[None]:
     """Inside `with`, `final` is there, as `write` filled it; `pointers` are to name it."""
-    aside = final.with_name(f".tmp-{final.name}")
+    hidden = final.with_name(f".tmp-{final.name}")
     try:
-        _remove(aside)
-        aside.mkdir(parents=True)
-        write(aside)
-        (aside / "manifest.json").write_text(json.dumps({"pointers": pointers} | _manifest(aside), indent=1))
-        fsync_all(aside)
-        os.rename(aside, final)
+        _remove(hidden)
+        hidden.mkdir(parents=True)
+        write(hidden)
+        (hidden / "manifest.json").write_text(json.dumps({"pointers": pointers} | _manifest(hidden), indent=1))
+        fsync_all(hidden)
+        hidden.rename(final)
         fsync(final.parent)
         yield
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
         kept = checkpoints(run)
         last = f"The last good checkpoint is {kept[-1]}" if kept else "There is no earlier checkpoint"
         free = shutil.disk_usage(run).free / 2**20
@@ -238,11 +237,8 @@ def _compare(wanted: dict[str, Any] | None, found: dict[str, Any] | None) -> str
 
 
 def _point(run: Path, pointer: str, name: str) -> None:
-    aside = run / f".tmp-{pointer}"
-    aside.write_text(name + "\n")
-    fsync(aside)
-    os.replace(aside, run / pointer)
-    fsync(run)
+    with aside(run / pointer, durable=True) as hidden:
+        hidden.write_text(name + "\n")
 
 
 def _remove(folder: Path) -> None:

@@ -9,7 +9,6 @@ runs/x/
 """
 
 import contextlib
-import fcntl
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ import yaml
 from rich.table import Table
 
 from rae.config import Config, ConfigError, load_recipe
-from rae.folders import aside, checkpoints
+from rae.folders import aside, checkpoints, locked
 
 # What a resumed run may ask for differently: how long, how often, how it is watched, how fast images are decoded, and
 # where things lie; that they are the same things, checksums decide.
@@ -40,15 +39,11 @@ class TrainingError(RuntimeError):
 
 @contextlib.contextmanager
 def claim(folder: Path) -> Iterator[None]:
-    """Lock the run's folder; the lock goes with the process, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "recipe.yaml").exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+    """Lock the run's folder, a new one or one of a run."""
+    is_run = (folder / "recipe.yaml").exists()
+    if not is_run and folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise TrainingError(f"{folder} holds files but no run (no recipe.yaml); give a new folder.")
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise TrainingError(f"another process is training in {folder}; end it or give another folder.") from error
+    with locked(folder, TrainingError(f"another process is training in {folder}; end it or give another folder.")):
         yield
 
 
