@@ -5,7 +5,6 @@ is started again until it is done.
 """
 
 import contextlib
-import json
 import os
 import random
 import signal
@@ -16,8 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny import adversarial, decoder_recipe, dit_recipe, save_encoder
+from tiny import adversarial, decoder_recipe, dit_recipe, lines, save_encoder, tensors
 
 from rae.training.decoder import train_decoder
 from rae.training.dit import train_dit
@@ -97,19 +95,6 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in (folder / "checkpoints").glob("*")}
 
 
-def contents(folder: Path) -> dict[str, torch.Tensor]:
-    newest = folder / "checkpoints" / (folder / "latest").read_text().strip()
-    tensors = {}
-    for path in newest.rglob("*.safetensors"):
-        tensors |= {f"{path.relative_to(newest)}:{name}": value for name, value in load_file(path).items()}
-    return tensors
-
-
-def log(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("time", "images_per_second")} for line in lines]
-
-
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory) -> dict[str, Path]:
     """Recipe files of both stages, and of the first one with a discriminator, in the folders of their unbroken runs."""
@@ -132,9 +117,9 @@ def test_killed_run_ends_in_the_same_bits(stage, name, kills, recipes, tmp_path)
     came, halves = run_with_kills(stage, unbroken / "recipe.yaml", tmp_path / "run", kills)
     assert came >= 3
     assert halves >= 1
-    expected, found = contents(unbroken), contents(tmp_path / "run")
+    expected, found = tensors(unbroken), tensors(tmp_path / "run")
     assert expected.keys() == found.keys()
     different = [name for name in expected if not torch.equal(expected[name], found[name])]
     assert not different
-    assert log(tmp_path / "run") == log(unbroken)  # every line once, with the same figures
+    assert lines(tmp_path / "run", "images") == lines(unbroken, "images")  # every one once, with the same figures
     assert not list((tmp_path / "run/checkpoints").glob(".tmp-*"))

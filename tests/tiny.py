@@ -130,10 +130,10 @@ def log(folder: Path, figure: str) -> list[float]:
     return [line[figure] for line in _log(folder) if figure in line]
 
 
-def lines(folder: Path) -> list[dict[str, float]]:
-    """What was logged of training, without the clock."""
-    training, clock = (line for line in _log(folder) if "loss" in line), ("time", "images_per_second")
-    return [{name: value for name, value in line.items() if name not in clock} for line in training]
+def lines(folder: Path, having: str = "loss") -> list[dict[str, float]]:
+    """The lines of the log that have this figure ("images": all of them), without the clock."""
+    found, clock = (line for line in _log(folder) if having in line), ("time", "images_per_second")
+    return [{name: value for name, value in line.items() if name not in clock} for line in found]
 
 
 def _log(folder: Path) -> list[dict]:
