@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import rae.folders as rae_folders
 from rae import RAE, Decoder, DecoderConfig, LatentStats, load_encoder
 from rae.autoencoder.latents import map_to_tokens, tokens_to_map
+from rae.autoencoder.rae import saved_latent_identity
 from rae.config import ConfigError
 from rae.sources import SourceError
 
@@ -121,6 +122,18 @@ def test_identity_is_of_the_latent_space_and_not_of_the_decoder(network, rae):
         make(network, mean=(0.5, 0.5, 0.5), std=(0.2, 0.3, 0.4)),
     ]
     assert len({rae.latent_identity, *(other.latent_identity for other in different)}) == 6
+
+
+@pytest.mark.parametrize("stats", ["given", None])
+def test_identity_of_a_saved_autoencoder_is_read_without_weights(network, tmp_path, stats):
+    rae = make(network, stats=stats)
+    rae.save_pretrained(tmp_path)
+    (tmp_path / "decoder.safetensors").unlink()
+    assert saved_latent_identity(tmp_path) == rae.latent_identity
+    if stats:
+        save_file({"mean": rae.latent_mean, "var": rae.latent_var + 1}, tmp_path / "statistics.safetensors")
+        with pytest.raises(ValueError, match=r"statistics\.safetensors is damaged or was changed"):
+            saved_latent_identity(tmp_path)
 
 
 @pytest.mark.parametrize("include_encoder", [False, True])

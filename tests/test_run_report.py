@@ -13,7 +13,7 @@ import yaml
 from tiny import adversarial, decoder_recipe
 
 from rae import RAE
-from rae.commands.run_checks import _latent_identity, findings
+from rae.commands.run_checks import findings
 from rae.commands.run_record import read_run
 from rae.commands.run_report import by_time, facts, print_report
 from rae.diffusion.flow import Flow
@@ -298,11 +298,6 @@ def test_a_disk_that_the_next_checkpoint_does_not_fit(dit, monkeypatch):
 
 
 # --- the autoencoder -------------------------------------------------------------------------------------------------
-
-
-def test_latent_identity_is_read_without_weights(runs):
-    newest = runs / "decoder/checkpoints/000000048/model"
-    assert _latent_identity(newest) == RAE.from_pretrained(newest).latent_identity
 
 
 def test_an_autoencoder_that_is_gone(dit):

@@ -90,7 +90,7 @@ class RAE(nn.Module):
                 )
         self.register_buffer("latent_mean", None if mean is None else mean.float())
         self.register_buffer("latent_var", None if var is None else var.float())
-        self.latent_identity = self._hash_latent_space()
+        self.latent_identity = self._latent_identity()
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -158,7 +158,7 @@ class RAE(nn.Module):
         save_tensors(self.decoder.state_dict(), folder / "decoder.safetensors")
         if self.latent_mean is not None:
             save_tensors({"mean": self.latent_mean, "var": self.latent_var}, folder / "statistics.safetensors")
-        if self._hash_latent_space() != self.latent_identity:
+        if self._latent_identity() != self.latent_identity:
             raise ValueError(
                 "latent_mean or latent_var have changed since this autoencoder was made (rounded by .half()?), so its "
                 "latent_identity is no longer true; make it again: RAE(encoder, decoder, (mean, var))."
@@ -194,31 +194,50 @@ class RAE(nn.Module):
         folder = find_folder(folder_or_hub_id, "an autoencoder")
         check_kind(folder, "autoencoder")
         config = read_json(RAEConfig, folder / "config.json")
-        stats = None
-        if config.standardised:
-            statistics = load_tensors(folder, "statistics.safetensors", config.files)
-            stats = statistics["mean"], statistics["var"]
+        stats = _read_statistics(folder, config)
         decoder = _read_decoder(folder, config)
         if encoder is None:
             encoder = open_encoder(config.encoder, folder / "encoder" if config.encoder_included else None)
         _check_encoder(encoder, config, folder)
         return cls(encoder, decoder, stats, latent_eps=config.latent_eps).requires_grad_(False)
 
-    def _hash_latent_space(self) -> str:
-        encoder = self.encoder.config
-        geometry = {
-            "encoder": self.encoder.checksum(),
-            "image_size": encoder.image_size,
-            "input_size": encoder.input_size,
-            "mean": encoder.mean,
-            "std": encoder.std,
-            "latent_eps": self.latent_eps if self.latent_mean is not None else None,
-        }
-        digest = hashlib.sha256(json.dumps(geometry, sort_keys=True).encode())
-        for statistic in (self.latent_mean, self.latent_var):
-            if statistic is not None:
-                digest.update(statistic.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+    def _latent_identity(self) -> str:
+        stats = None if self.latent_mean is None else (self.latent_mean, self.latent_var)
+        return _hash_latent_space(self.encoder.config, self.encoder.checksum(), stats, self.latent_eps)
+
+
+def saved_latent_identity(folder: str | Path) -> str:
+    """`RAE.latent_identity` of a saved autoencoder, from its configuration and statistics: no weights are read.
+
+    Args:
+        folder: as in `RAE.from_pretrained`.
+
+    Raises:
+        ConfigError: a foreign configuration.
+        ValueError: no autoencoder, or its statistics are damaged.
+    """
+    folder = find_folder(folder, "an autoencoder")
+    check_kind(folder, "autoencoder")
+    config = read_json(RAEConfig, folder / "config.json")
+    stats = _read_statistics(folder, config)
+    return _hash_latent_space(config.encoder, config.encoder_checksum, stats, config.latent_eps)
+
+
+def _hash_latent_space(
+    encoder: EncoderConfig, checksum: str, stats: tuple[Tensor, Tensor] | None, latent_eps: float
+) -> str:
+    geometry = {
+        "encoder": checksum,
+        "image_size": encoder.image_size,
+        "input_size": encoder.input_size,
+        "mean": encoder.mean,
+        "std": encoder.std,
+        "latent_eps": latent_eps if stats else None,
+    }
+    digest = hashlib.sha256(json.dumps(geometry, sort_keys=True).encode())
+    for statistic in stats or ():
+        digest.update(statistic.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_decoder(folder_or_hub_id: str | Path) -> Decoder:
@@ -226,6 +245,13 @@ def load_decoder(folder_or_hub_id: str | Path) -> Decoder:
     folder = find_folder(folder_or_hub_id, "an autoencoder")
     check_kind(folder, "autoencoder")
     return _read_decoder(folder, read_json(RAEConfig, folder / "config.json"))
+
+
+def _read_statistics(folder: Path, config: RAEConfig) -> tuple[Tensor, Tensor] | None:
+    if not config.standardised:
+        return None
+    statistics = load_tensors(folder, "statistics.safetensors", config.files)
+    return statistics["mean"], statistics["var"]
 
 
 def _read_decoder(folder: Path, config: RAEConfig) -> Decoder:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rae.autoencoder.baselines import Autoencoder, is_baseline, open_autoencoder
+from rae.commands.doctor import in_hub_cache
 from rae.config import ConfigError, load_recipe
 from rae.diffusion.model import DiffusionModel
 from rae.sources import SourceError
@@ -33,11 +34,8 @@ def autoencoder_of(model: DiffusionModel, run: str | Path, say: Callable[[str], 
     name = load_recipe(DiTRecipe, folder / "recipe.yaml").rae
     if is_baseline(name):
         return name, open_autoencoder(name)
-    found, errors = {}, []
-    for place in (Path(name).expanduser(), *(above / name for above in folder.parents)):
-        if place.is_dir():
-            found.setdefault(os.path.realpath(place), place)
-    for place in found.values():
+    errors = []
+    for place in places_of(name, folder):
         try:
             rae = open_autoencoder(place)
             model.check_autoencoder(rae)
@@ -48,7 +46,7 @@ def autoencoder_of(model: DiffusionModel, run: str | Path, say: Callable[[str], 
             return str(place), rae
     if errors:
         raise errors[0]
-    if _downloaded(name):
+    if is_downloaded(name):
         return name, open_autoencoder(name)
     raise ConfigError(
         f"{run} was trained with autoencoder {name!r}, which is not here, nor in a folder above the run; start from "
@@ -56,12 +54,18 @@ def autoencoder_of(model: DiffusionModel, run: str | Path, say: Callable[[str], 
     )
 
 
-def _downloaded(name: str) -> bool:
-    """Whether `name` is a hub id of which this machine has a copy; a relative folder looks the same."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+def places_of(name: str, run: Path) -> list[Path]:
+    """The folders called `name` that are there: from the current folder, then from each folder above the run, upwards.
 
-    try:
-        return isinstance(try_to_load_from_cache(name.removeprefix("hub:"), "config.json"), str)
-    except HFValidationError:
-        return False
+    One that several ways lead to is told once.
+    """
+    found = {}
+    for place in (Path(name).expanduser(), *(above / name for above in Path(os.path.abspath(run)).parents)):
+        if place.is_dir():
+            found.setdefault(os.path.realpath(place), place)
+    return list(found.values())
+
+
+def is_downloaded(name: str) -> bool:
+    """Whether `name` is a hub id of which this machine has a copy; a relative folder looks the same."""
+    return in_hub_cache(name.removeprefix("hub:"), "config.json") is not None

@@ -10,18 +10,16 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 import torch
 
 from rae.autoencoder.baselines import is_baseline
-from rae.autoencoder.rae import RAE, RAEConfig
-from rae.commands.doctor import in_hub_cache
+from rae.autoencoder.rae import RAEConfig, saved_latent_identity
+from rae.commands.autoencoder_of import is_downloaded, places_of
 from rae.commands.run_record import RunRecord
 from rae.config import read_json
 from rae.diffusion.flow import Flow
 from rae.evaluation.flow_loss import mean_trivial_loss
-from rae.folders import find_folder, load_tensors
 from rae.training.adversarial import health
 from rae.training.decoder import DecoderRecipe
 from rae.training.diagnosis import lag_warning, trivial_warning
@@ -131,30 +129,29 @@ def check_disk(run: RunRecord) -> Iterator[str]:
 
 
 def check_autoencoder(run: RunRecord) -> Iterator[str]:
-    """Looks where `rae sample` does: from the current folder, then from each folder above the run, upwards."""
+    """Looks where `rae sample` does."""
     if not isinstance(run.recipe, DiTRecipe) or run.state is None:
         return
     name, trained = run.recipe.rae, run.state["identity"]["latents"]
     if is_baseline(name):  # pixels need nothing; of SD-VAE, whether it is the same one is told by its weights alone
         weights = name.partition(":")[2].rpartition("@")[0]
-        if weights and not Path(weights).expanduser().is_dir() and not _downloaded(weights):
+        if weights and not Path(weights).expanduser().is_dir() and not is_downloaded(weights):
             yield (
                 f"its autoencoder {name} is not here, nor was it downloaded from the hub.\nStart from the folder it "
                 f"was trained in, or give `rae sample {run.folder} --autoencoder sd-vae:FOLDER@SIZE`."
             )
         return
-    places = [place for above in (Path(), *run.folder.absolute().parents) if (place := above / name).is_dir()]
     others = []
-    for place in places:
+    for place in places_of(name, run.folder):
         try:
-            found = _latent_identity(find_folder(place, "the autoencoder"))
+            found = saved_latent_identity(place)
         except ValueError as error:
             others.append(f"cannot be read: {error}")
             continue
         if found == trained:
             return
         others.append(f"is another one now: the model lives in latent space {trained[:12]}, {place} has {found[:12]}.")
-    if others or not _downloaded(name):
+    if others or not is_downloaded(name):
         yield (
             f"its autoencoder {name} {others[0] if others else 'is not here, nor was it downloaded from the hub.'}\n"
             f"`rae sample {run.folder} --autoencoder FOLDER` takes it from elsewhere, and so does rae=FOLDER behind "
@@ -292,20 +289,6 @@ def findings(run: RunRecord) -> list[str]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def _downloaded(name: str) -> bool:
-    return in_hub_cache(name.removeprefix("hub:"), "config.json") is not None
-
-
-def _latent_identity(folder: Path) -> str:
-    """`RAE.latent_identity` of a saved autoencoder, by its configuration and statistics alone."""
-    config, statistics = read_json(RAEConfig, folder / "config.json"), {"mean": None, "var": None}
-    if config.standardised:
-        statistics = load_tensors(folder, "statistics.safetensors", config.files)
-    encoder = SimpleNamespace(config=config.encoder, checksum=lambda: config.encoder_checksum)
-    parts = {"latent_mean": statistics["mean"], "latent_var": statistics["var"], "latent_eps": config.latent_eps}
-    return RAE._hash_latent_space(SimpleNamespace(encoder=encoder, **parts))
 
 
 def _flow(run: RunRecord) -> Flow:
