@@ -1,13 +1,16 @@
-"""Pieces of a report: one HTML file that needs nothing else, readable in light and dark, on wide and narrow screens.
+"""Pieces of a report, each as HTML and as markdown: one page that needs nothing else, and one with pictures beside it.
 
-Each function returns HTML; `page` puts sections together. Text is escaped, images become data URIs, plots inline SVG.
+`page` puts pieces together as HTML, readable in light and dark, on wide and narrow screens: text is escaped, images
+become data URIs, plots inline SVG. `markdown` puts the same ones together for an issue or a README.
 """
 
 import base64
 import html
 import io
 import itertools
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -16,7 +19,9 @@ from pydantic import Field
 from rae.config import Config
 
 _INK = "#010203"  # drawn by matplotlib, then replaced by the colour of the page's text
-_COLOURS = ("#c8553d", "#3d7ea6", "#6a994e", "#9a6fb0")  # readable on white and on black
+# readable on white and on black; lines beyond the eighth are dashed
+_COLOURS = ("#c8553d", "#3d7ea6", "#6a994e", "#9a6fb0", "#c58b1b", "#2a9d8f", "#8d6e63", "#d1699e")
+_LINES = ("-", "--", ":", "-.")
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1e; --page: #fff; --faint: #6b6b70; --line: #d9d9de; --soft: #f4f4f6; }
@@ -28,26 +33,35 @@ body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 68rem; color: var(-
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem; }
 h2 { font-size: 1.3rem; margin: 2.8rem 0 .3rem; padding-top: .8rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1.05rem; margin: 1.8rem 0 .3rem; }
+h1, h2, h3, p { overflow-wrap: break-word; }
 p { max-width: 46rem; margin: .4rem 0; }
 .side { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 0 2rem; }
 figure { margin: .8rem 0 1.2rem; }
 figcaption { font-size: .9rem; color: var(--faint); max-width: 46rem; margin-top: .4rem; }
 .sheet { display: grid; gap: 3px; align-items: center; font-size: .8rem; color: var(--faint); }
 .sheet img { width: 100%; display: block; border-radius: 2px; }
+.sheet img.pixels { image-rendering: pixelated; }
 .sheet span { overflow-wrap: anywhere; line-height: 1.2; padding-right: .3rem; }
-.sheet .top { text-align: center; padding: 0; }
+.sheet .top, .sheet .under { text-align: center; padding: 0; font-variant-numeric: tabular-nums; }
+.sheet .under { margin-bottom: .4rem; }
 svg { max-width: 100%; height: auto; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; margin: .8rem 0; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line); }
 th { color: var(--faint); font-weight: 600; }
-td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; min-width: 5.5rem; }
 td:first-child { min-width: 8rem; }
+small { color: var(--faint); font-size: .85em; line-height: 1.35; }
 pre { background: var(--soft); padding: .7rem .9rem; border-radius: 4px; overflow-x: auto; font-size: .82rem; }
+details { margin: .6rem 0; }
 summary { cursor: pointer; color: var(--faint); }
 .note { border-left: 3px solid #d08700; padding-left: .8rem; }
 @media (max-width: 480px) { td, th { font-size: .8rem; padding-right: .5rem; } td:first-child { min-width: 5rem; } }
 """
+
+
+class ReportError(ValueError):
+    """A report that cannot be made; the message says what to do."""
 
 
 class Figure(Config):
@@ -64,14 +78,32 @@ class Figure(Config):
     protocol: str = Field(min_length=1)
 
 
-def page(title: str, sections: Mapping[str, Sequence[str]]) -> str:
-    """A whole document.
+Save = Callable[[bytes, str], str]  # (what is in the file, "png" or "svg") -> how to link to it
+
+
+class Piece(NamedTuple):
+    """A part of a page.
+
+    Attributes:
+        html: as HTML.
+        markdown: a function that writes its pictures by `Save` and gives it as markdown.
+    """
+
+    html: str
+    markdown: Callable[[Save], str]
+
+
+def page(title: str, sections: Mapping[str, Sequence[Piece]]) -> str:
+    """A whole document of HTML.
 
     Args:
         title: of the page.
-        sections: heading -> pieces of HTML; "" holds what stands before the first heading.
+        sections: heading -> pieces; "" holds what stands before the first heading.
     """
-    body = "".join((f"<h2>{_text(name)}</h2>\n" if name else "") + "\n".join(sections[name]) for name in sections)
+    body = "".join(
+        (f"<h2>{_text(name)}</h2>\n" if name else "") + "\n".join(piece.html for piece in sections[name])
+        for name in sections
+    )
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -80,43 +112,88 @@ def page(title: str, sections: Mapping[str, Sequence[str]]) -> str:
     )
 
 
-def heading(text: str) -> str:
-    return f"<h3>{_text(text)}</h3>"
+def markdown(title: str, sections: Mapping[str, Sequence[Piece]], save: Save) -> str:
+    """The same document as `page`, in GitHub's markdown.
+
+    Args:
+        title, sections: as of `page`.
+        save: writes a picture and tells how to link to it.
+    """
+    parts = [f"# {_plain(title)}"]
+    for name, pieces in sections.items():
+        parts += [f"## {_plain(name)}"] if name else []
+        parts += [piece.markdown(save) for piece in pieces]
+    return "\n\n".join(parts) + "\n"
 
 
-def paragraph(text: str) -> str:
-    return f"<p>{_text(text)}</p>"
+# --- text ------------------------------------------------------------------------------------------------------------
 
 
-def note(text: str) -> str:
+def heading(text: str) -> Piece:
+    return Piece(f"<h3>{_text(text)}</h3>", lambda _: f"### {_plain(text)}")
+
+
+def paragraph(text: str) -> Piece:
+    return Piece(f"<p>{_text(text)}</p>", lambda _: _plain(text))
+
+
+def note(text: str) -> Piece:
     """A paragraph that limits what the page says."""
-    return f'<p class="note">{_text(text)}</p>'
+    return Piece(f'<p class="note">{_text(text)}</p>', lambda _: f"> {_plain(text)}")
 
 
-def code(text: str, title: str | None = None) -> str:
+def code(text: str, title: str | None = None) -> Piece:
     """Lines of code; with a title, folded away under it."""
-    lines = f"<pre>{_text(text)}</pre>"
-    return f"<details><summary>{_text(title)}</summary>{lines}</details>" if title else lines
+    fence = "`" * max(3, *(len(ticks) + 1 for ticks in re.findall("`+", text) or [""]))
+    lines = Piece(f"<pre>{_text(text)}</pre>", lambda _: f"{fence}\n{text}\n{fence}")
+    return folded(title, lines) if title else lines
 
 
-def beside(*pieces: str) -> str:
+def folded(title: str, *pieces: Piece) -> Piece:
+    """Pieces that a click on their title shows."""
+    begin, end = f"<details><summary>{_text(title)}</summary>", "</details>"
+    return Piece(
+        begin + "".join(piece.html for piece in pieces) + end,
+        lambda save: "\n\n".join([begin, *(piece.markdown(save) for piece in pieces), end]),
+    )
+
+
+def beside(*pieces: Piece) -> Piece:
     """Pieces side by side where there is room, else below each other."""
-    return '<div class="side">' + "".join(f"<div>{piece}</div>" for piece in pieces) + "</div>"
+    return Piece(
+        '<div class="side">' + "".join(f"<div>{piece.html}</div>" for piece in pieces) + "</div>",
+        lambda save: "\n\n".join(piece.markdown(save) for piece in pieces),
+    )
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Piece:
+    """Cells of text; what stands below the first line of a cell is written small."""
     head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+    body = "".join("<tr>" + "".join(f"<td>{_cell(cell, _text)}</td>" for cell in row) + "</tr>\n" for row in rows)
+
+    def lines(_: Save) -> str:
+        cells = [list(header), ["---"] * len(header), *([_cell(cell, _plain) for cell in row] for row in rows)]
+        return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+
+    return Piece(f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>', lines)
 
 
-def figures_table(figures: Sequence[Figure]) -> str:
+def figures_table(figures: Sequence[Figure]) -> Piece:
     return table(["figure", "value", "protocol"], [[f.name, f.value, f.protocol] for f in figures])
 
 
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
 def sheet(
-    rows: Sequence[np.ndarray], caption: str, *, names: Sequence[str] = (), columns: Sequence[str] = (), size: int = 56
-) -> str:
+    rows: Sequence[np.ndarray],
+    caption: str,
+    *,
+    names: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    under: Sequence[Sequence[str]] = (),
+    size: int = 56,
+) -> Piece:
     """Images in rows.
 
     Args:
@@ -124,38 +201,122 @@ def sheet(
         caption: what they show.
         names: one for each row, in front of it; none if empty.
         columns: one for each column, above it; none if empty.
-        size: largest width of an image on the screen, in pixels.
+        under: for each row, what stands under each of its images; nothing under a row for which it is empty.
+        size: largest width of an image on the screen, in pixels. Pixels that it more than doubles stay sharp.
     """
     cells = []
     if columns:
-        cells += [
-            *(["<span></span>"] if names else []),
-            *(f'<span class="top">{_text(name)}</span>' for name in columns),
-        ]
+        cells += ["<span></span>"] if names else []
+        cells += [f'<span class="top">{_text(name)}</span>' for name in columns]
     for r, row in enumerate(rows):
         cells += [f"<span>{_text(names[r])}</span>"] if names else []
+        pixels = ' class="pixels"' if size >= 2 * row.shape[2] else ""
         for c, image in enumerate(row):
             alt = ", ".join([*names[r : r + 1], *columns[c : c + 1]]) or f"row {r + 1}, column {c + 1}"
-            cells.append(f'<img alt="{_text(alt)}" src="{data_uri(image)}">')
+            cells.append(f'<img{pixels} alt="{_text(alt)}" src="{data_uri(image)}">')
+        if under and under[r]:
+            cells += ["<span></span>"] if names else []
+            cells += [f'<span class="under">{_text(text)}</span>' for text in under[r]]
     template = ("fit-content(5.5rem) " if names else "") + f"repeat({len(rows[0])}, minmax(0, {size}px))"
     grid = f'<div class="sheet" style="grid-template-columns: {template}">{"".join(cells)}</div>'
-    return f"<figure>{grid}<figcaption>{_text(caption)}</figcaption></figure>"
+
+    def strips(save: Save) -> str:
+        lines = []
+        for r, row in enumerate(rows):
+            texts = " · ".join(under[r]) if under else ""
+            link = f"![{_plain(names[r] if names else caption)}]({save(_png(np.concatenate(row, axis=1)), 'png')})"
+            cells = [_plain(names[r])] if names else []
+            lines.append([*cells, link + (f"<br><small>{_plain(texts)}</small>" if texts else "")])
+        header = [""] * len(lines[0])
+        header[-1] = _plain(" · ".join(columns))
+        both = [header, ["---"] * len(header), *lines]
+        return "\n".join("| " + " | ".join(row) + " |" for row in both) + f"\n\n{_plain(caption)}"
+
+    return Piece(f"<figure>{grid}<figcaption>{_text(caption)}</figcaption></figure>", strips)
 
 
 def data_uri(image: np.ndarray) -> str:
     """uint8 [h, w, 3] -> the PNG as a data URI."""
+    return "data:image/png;base64," + base64.b64encode(_png(image)).decode()
+
+
+def _png(image: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return file.getvalue()
 
 
-def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, x: str, y: str) -> str:
+# --- plots -----------------------------------------------------------------------------------------------------------
+
+
+def check_plots() -> None:
+    """Look for what draws plots, before anything is computed.
+
+    Raises:
+        ReportError: it is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ReportError("plots need matplotlib, which is not installed: pip install 'rae[demo]'.") from error
+
+
+def curves(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    title: str,
+    x: str,
+    y: str,
+    *,
+    log: bool = False,
+) -> Piece:
     """Lines over a common axis, as SVG that takes the page's font and text colour.
 
     Args:
-        series: name -> (x values, y values); one without values is left out.
+        series: name -> (x values, y values); one without values is left out, and the others keep their colours.
         title, x, y: of the plot and its axes.
+        log: whether y is logarithmic.
     """
+
+    def draw(plot, axes) -> None:
+        from matplotlib.ticker import EngFormatter
+
+        styles = itertools.product(_LINES, _COLOURS)
+        for (name, (xs, ys)), (line, colour) in zip(series.items(), itertools.cycle(styles)):
+            if len(xs):
+                marker = "o" if len(xs) < 30 else ""
+                axes.plot(xs, ys, line, label=name, color=colour, linewidth=1.6, marker=marker, markersize=3)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        if max((x for xs, _ in series.values() for x in xs), default=0) >= 10_000:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if log:
+            axes.set_yscale("log")
+        if any(len(xs) for xs, _ in series.values()):
+            columns = max(1, min(3, 60 // (6 + max(map(len, series)))))
+            plot.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+
+    return _plot(draw, title, 2.9 + 0.16 * max(0, len(series) - 3))
+
+
+def dots(values: Mapping[str, tuple[float, float | None]], title: str, x: str) -> Piece:
+    """A dot for each value with a bar of one standard error to either side, names in front, the first one on top.
+
+    Args:
+        values: name -> (value, standard error or None); as many colours as `curves` gives to the same names.
+        title, x: of the plot and its axis.
+    """
+
+    def draw(_, axes) -> None:
+        for place, ((value, error), colour) in enumerate(zip(values.values(), itertools.cycle(_COLOURS))):
+            axes.errorbar([value], [place], xerr=error, fmt="o", color=colour, capsize=3, markersize=5)
+        axes.set_yticks(range(len(values)), list(values))
+        axes.set_ylim(len(values) - 0.5, -0.5)
+        axes.set_xlabel(x)
+
+    return _plot(draw, title, 0.9 + 0.28 * len(values))
+
+
+def _plot(draw: Callable, title: str, height: float) -> Piece:
     import matplotlib
     from matplotlib.figure import Figure as Plot
 
@@ -163,22 +324,33 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title:
     style = {"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif", "font.size": 10}
     file = io.StringIO()
     with matplotlib.rc_context(ink | style):
-        plot = Plot(figsize=(5, 2.9), layout="constrained")
+        plot = Plot(figsize=(5, height), layout="constrained")
         axes = plot.add_subplot()
-        drawn = {name: points for name, points in series.items() if len(points[0])}
-        for (name, (xs, ys)), colour in zip(drawn.items(), itertools.cycle(_COLOURS)):
-            axes.plot(xs, ys, label=name, color=colour, linewidth=1.6, marker="o" if len(xs) < 30 else "", markersize=3)
+        draw(plot, axes)
         axes.set_title(title, fontsize=10)
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#808080", alpha=0.25, linewidth=0.6)
-        if drawn:
-            axes.legend(frameon=False)
         plot.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = file.getvalue()
-    return "<figure>" + text[text.index("<svg") :].replace(_INK, "currentColor") + "</figure>"
+    drawing = text[text.index("<svg") :].replace(_INK, "currentColor")
+    # a picture of its own knows no page whose colour it could take
+    ink = "<style>svg{color:#1c1c1e}@media(prefers-color-scheme:dark){svg{color:#e8e8ea}}</style>"
+    alone = re.sub("(<svg[^>]*>)", lambda tag: tag[1] + ink, drawing, count=1)
+    return Piece(f"<figure>{drawing}</figure>", lambda save: f"![{_plain(title)}]({save(alone.encode(), 'svg')})")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _text(text: str) -> str:
     return html.escape(text)
+
+
+def _plain(text: str) -> str:
+    """Text that markdown shows as it is; an underscore inside a word is one."""
+    return re.sub(r"[\\`*\[\]<>|~]|(?<!\w)_|_(?!\w)|^#", r"\\\g<0>", text).replace("\n", " ")
+
+
+def _cell(text: str, escape: Callable[[str], str]) -> str:
+    first, *rest = text.split("\n")
+    return escape(first) + "".join(f"<br><small>{escape(line)}</small>" for line in rest)
