@@ -1,0 +1,203 @@
+"""What an extractor says of a set of images, and references: the same of real images, kept in a file for many uses.
+
+features of N images --collect--> mean and covariance of all of them, rows of at most `keep` --save_reference--> file
+
+A reference says of which images it is, at what size, and by which extractor; figures against another one's are refused.
+"""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import PositiveInt
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rae.config import Config, Size, parse
+from rae.data.order import epoch_order
+from rae.evaluation.frechet import Moments
+from rae.folders import aside
+
+KEEP = 10_000  # rows of a reference: as many as ADM's has, for the metrics that compare images one by one
+SUMMED = ("features", "spatial")  # kinds of features of which mean and covariance are taken
+ADM = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # their names in ADM's files
+
+
+class ReferenceError(ValueError):
+    """A reference that cannot be used: damaged, or of other images or another extractor than the samples."""
+
+
+class Gaussian(NamedTuple):
+    """First and second moments of features, float64: mean [d] and sample covariance [d,d]."""
+
+    mean: Tensor
+    covariance: Tensor
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """What one extractor says of a set of images.
+
+    Attributes:
+        count: N, images in all; None where a file does not tell.
+        rows: kind of features ("features"; of Inception also "spatial", "logits") => [K,d] float32, of K of the images.
+        moments: kind => mean and covariance over all N.
+    """
+
+    count: int | None
+    rows: dict[str, Tensor]
+    moments: dict[str, Gaussian]
+
+
+class ReferenceAbout(Config):
+    """What a reference is of, as it stands in its file.
+
+    Attributes:
+        kind: tells the file from others.
+        source: the images, as they were named.
+        identity: of the images (`Images.identity`).
+        images: N.
+        size: (H, W) in pixels that the extractors were given.
+        crop: how the images came to that size.
+        extractors: name => `Extractor.describe()`, its identity among it.
+        sha256: of the tensors and their names.
+    """
+
+    kind: Literal["reference"]
+    source: str
+    identity: str
+    images: PositiveInt
+    size: Size
+    crop: str
+    extractors: dict[str, dict[str, Any]]
+    sha256: str
+
+
+def collect(parts: Iterable[Mapping[str, Tensor]], count: int, keep: int | None = None) -> FeatureSet:
+    """Features in the order of their images -> their moments, and the rows that are kept.
+
+    Args:
+        parts: features [n,d] by kind, of the next n images each.
+        count: N of all parts together, of which `keep` rows are drawn evenly: the same for the same N.
+        keep: None = all.
+
+    Raises:
+        ValueError: fewer than two images, or features that are not finite.
+    """
+    if count < 2:
+        raise ValueError(f"{count} image: a set needs at least 2 to have a spread.")
+    kept = np.ones(count, dtype=bool)
+    if keep is not None and keep < count:
+        kept[epoch_order(0, 0, count)[keep:]] = False
+    rows: dict[str, list[Tensor]] = {}
+    moments: dict[str, Moments] = {}
+    start = 0
+    for part in parts:
+        length = len(part["features"])
+        for kind, values in part.items() if length else ():
+            rows.setdefault(kind, []).append(values[torch.from_numpy(kept[start : start + length])])
+            if kind in SUMMED:
+                moments.setdefault(kind, Moments(values.shape[1])).update(values)
+        start += length
+    gaussians = {kind: Gaussian(summed.mean, summed.covariance) for kind, summed in moments.items()}
+    return FeatureSet(count, {kind: torch.cat(values) for kind, values in rows.items()}, gaussians)
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+def save_reference(path: Path, sets: Mapping[str, FeatureSet], **about: Any) -> None:
+    """Write a safetensors file: NAME/KIND.mean, NAME/KIND.covariance (float64), NAME/KIND (rows, float32).
+
+    Args:
+        path: of the file.
+        sets: by name of the extractor.
+        about: fields of `ReferenceAbout`, without `kind` and `sha256`.
+    """
+    tensors = {}
+    for name, features in sets.items():
+        for kind, (mean, covariance) in features.moments.items():
+            tensors |= {f"{name}/{kind}.mean": mean, f"{name}/{kind}.covariance": covariance}
+        tensors |= {f"{name}/{kind}": rows.contiguous() for kind, rows in features.rows.items()}
+    said = ReferenceAbout(kind="reference", sha256=_digest(tensors), **about)
+    with aside(path) as hidden:
+        save_file(tensors, hidden, metadata={"reference": said.model_dump_json()})
+
+
+def load_reference(path: Path) -> tuple[ReferenceAbout, dict[str, FeatureSet]]:
+    """Read what `save_reference` wrote.
+
+    Raises:
+        ReferenceError: damaged, or another file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            said = (file.metadata() or {}).get("reference")
+            tensors = {key: file.get_tensor(key) for key in file.keys()} if said else {}  # noqa: SIM118  no mapping
+    except (SafetensorError, OSError) as error:
+        raise ReferenceError(f"{path} cannot be read ({error}); make it again with `rae reference`.") from error
+    if not said:
+        raise ReferenceError(f"{path} is no reference; `rae reference` makes one of images.")
+    about = parse(ReferenceAbout, json.loads(said), str(path))
+    if (found := _digest(tensors)) != about.sha256:
+        raise ReferenceError(
+            f"{path} is damaged or was changed: its tensors have SHA-256 {found[:12]}..., it says "
+            f"{about.sha256[:12]}...; make it again with `rae reference`."
+        )
+    sets = {}
+    for name in about.extractors:
+        own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
+        kinds = [key for key in own if "." not in key]
+        moments = {k: Gaussian(own[f"{k}.mean"], own[f"{k}.covariance"]) for k in kinds if f"{k}.mean" in own}
+        sets[name] = FeatureSet(about.images, {kind: own[kind] for kind in kinds}, moments)
+    return about, sets
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        digest.update(tensors[name].contiguous().numpy())
+    return digest.hexdigest()
+
+
+def is_adm_reference(path: Path) -> bool:
+    """Whether a file is one of ADM's reference batches: an .npz that holds `mu` and `sigma`."""
+    if path.suffix != ".npz" or not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
+
+
+def read_adm_reference(path: Path) -> dict[str, Gaussian]:
+    """Moments of ADM's reference batches (`VIRTUAL_imagenet256_labeled.npz`): mu, sigma, mu_s, sigma_s.
+
+    Of how many images they are the file does not tell. Its images (`arr_0`, 10,000 of them), for precision and recall,
+    are a source of images like any other.
+
+    Raises:
+        ReferenceError: damaged, or moments that do not fit each other.
+    """
+    moments = {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            for kind, names in ADM.items():
+                if names[0] not in file:
+                    continue
+                mean, covariance = (torch.from_numpy(np.asarray(file[name], dtype=np.float64)) for name in names)
+                if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+                    shapes = f"{list(mean.shape)} and {list(covariance.shape)}"
+                    raise ReferenceError(f"{path}: {names[0]} and {names[1]} are {shapes}, not [d] and [d, d].")
+                moments[kind] = Gaussian(mean, covariance)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        if isinstance(error, ReferenceError):
+            raise
+        raise ReferenceError(f"{path} cannot be read ({error}); download it again.") from error
+    return moments
