@@ -1,17 +1,18 @@
 """Stage 2: what the loop computes, what it saves, and how it refuses."""
 
-import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import decoder_recipe, dit_recipe, save_encoder
+from tiny import decoder_recipe, dit_recipe, lines, log, save_encoder
 
 from rae import RAE, DiffusionModel, generate
 from rae.config import ConfigError, load_recipe
 from rae.data.images import ImageError, open_split
+from rae.data.latent_format import store
 from rae.data.order import image_index, mirrored, noise_draws
 from rae.training import dit
 from rae.training.decoder import DecoderRecipe, train_decoder
@@ -26,11 +27,6 @@ from rae.training.run_folder import TrainingError
 def rae(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("stage1")
     return train_decoder(decoder_recipe(save_encoder(root / "encoder")), root / "run")
-
-
-def log(folder: Path, figure: str) -> list[float]:
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [line[figure] for line in lines if figure in line]
 
 
 def test_loss_falls_and_the_model_samples(rae, tmp_path):
@@ -135,6 +131,40 @@ def test_latents_in_memory_are_those_encoded_online(rae, tmp_path):
     assert log(memory, "loss") == pytest.approx(log(online, "loss"), rel=1e-4)
 
 
+def test_an_encoder_in_bf16_trains_on_its_own_latents_and_the_log_says_how_far_they_are(rae, tmp_path, capsys):
+    settings = {"run__duration": "1st", "run__log_every": "1st", "drop_labels": 0.0, "sheet__cfg": None}
+    recipe = dit_recipe(rae, **settings, encoder__precision="bf16")
+    runs = [train_dit(recipe, tmp_path / "online")]
+    assert "the encoder computes in bf16: its latents differ from those of fp32 by" in capsys.readouterr().err
+    runs.append(train_dit(recipe.model_copy(update={"latents": "memory"}), tmp_path / "memory"))
+    images, data = _images(recipe)
+    exact, autoencoder = RAE.from_pretrained(rae), RAE.from_pretrained(rae)
+    autoencoder.encoder.to(torch.bfloat16)
+    caches = [cache_latents(encoder, images, data) for encoder in (exact, autoencoder)]
+    # as in the first step of float32 above, and all else in the loop is the same
+    noise, _ = noise_draws(range(8), recipe.seed, caches[0].latents.shape[2:])
+    expected = [float((noise - cache.take(range(8), recipe.seed)[0]).square().mean()) for cache in caches]
+    assert abs(expected[0] - expected[1]) > 1e-4
+    for run in runs:
+        assert log(run, "loss")[0] == pytest.approx(expected[1], rel=1e-6)
+    z, rounded = (cache_latents(encoder, open_split(data)[1], data).latents[0, :64] for encoder in (exact, autoencoder))
+    error = (rounded - z).square().mean().item()
+    (noted,) = lines(runs[0], "precision")
+    assert noted["latent_error"] == pytest.approx(error, rel=1e-5)
+    assert noted["latent_snr"] == pytest.approx(10 * math.log10(z.square().mean().item() / error), rel=1e-5)
+    assert (noted["about"], noted["precision"]) == ("encoder", "bf16")
+    # more than latents that are rounded once, as a cache does, for the network rounds at every layer; less than 3 %
+    assert store(z, "bf16").to("cpu").sub(z).square().mean() < error < 1e-3
+    longer = dit_recipe(rae, **settings | {"run__duration": "2st"}, encoder__precision="bf16")
+    assert len(lines(train_dit(longer, runs[0]), "precision")) == 1  # once in a run
+    with pytest.raises(ConfigError, match=r"begun with another recipe:\n  encoder\.precision: 'bf16' -> 'fp32'\n"):
+        train_dit(dit_recipe(rae, **settings), runs[0])
+
+
+def test_an_encoder_in_fp32_says_nothing_of_precision(pretrained):
+    assert not lines(pretrained, "precision")
+
+
 def test_small_micro_batches_compute_the_large_batch(rae, tmp_path):
     whole = train_dit(dit_recipe(rae, run__log_every="1st"), tmp_path / "whole")
     for latents in ("online", "memory"):
@@ -150,12 +180,14 @@ def test_small_micro_batches_compute_the_large_batch(rae, tmp_path):
         ({"network__kind": "dit"}, "network.head .* belongs to dit-dh"),
         ({"network__unconditional": True, "sheet__cfg": 2.0}, "guides by classes, which network.unconditional ignores"),
         ({"latents": "memory", "data__crop": "random"}, "set latents: online"),
+        ({"encoder__precision": "bf16", "latents": "caches/x"}, r"caches/x holds those of `rae cache`.*precision=fp32"),
+        ({"encoder__precision": "bf16", "rae": "pixels@16"}, r"is an RAE's; pixels@16 computes in fp32"),
         ({"drop_labels": 0.0}, "needs the null label, which drop_labels 0 never trains"),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(rae, changes, message):
     with pytest.raises(ValueError, match=message):
-        dit_recipe(rae, **changes)
+        dit_recipe(**{"rae": rae} | changes)
 
 
 def test_cached_parts_follow_the_stream(rae):

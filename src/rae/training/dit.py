@@ -20,11 +20,11 @@ from rae.data.order import noise_draws
 from rae.diffusion.guidance import CFG, drop_labels
 from rae.diffusion.model import WEIGHTS, DiffusionModel
 from rae.diffusion.sampling import generate
-from rae.evaluation.flow_loss import Batch, LatentMoments, latent_moments, loss_by_time
+from rae.evaluation.flow_loss import Batch, latent_moments, loss_by_time
 from rae.training.checkpoint import load_optimizers, load_weights, optimizer_tensors, save_training_state
 from rae.training.diagnosis import LOOK, Health, check_settings
 from rae.training.dit_recipe import DiTRecipe, DiTRunConfig, SheetConfig, describe_model
-from rae.training.latents import Parts, cache_latents, cached_latents, online_latents, stored_latents
+from rae.training.latents import Parts, cache_latents, cached_latents, latent_error, online_latents, stored_latents
 from rae.training.optim import build_optimizers, ema_warning, make_ema, set_lr, update_ema
 from rae.training.run import DTYPES, Run
 from rae.training.sharding import compiled, is_sharded, shard, whole
@@ -85,7 +85,6 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
         if recipe.run.compile:
             network = compiled(network)  # after the EMA was copied: it averages the weights themselves
         predict = functools.partial(network, dtype=model.dtype, recompute=recipe.run.recompute)
-        batches = _latents(recipe, rae, images, stored, run)
 
         def gather_models() -> Callable[[Path], None]:
             """What writes the averages, put together by all processes, into a folder."""
@@ -125,12 +124,20 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
             run.show(_samples(shown, rae, recipe.sheet))
 
         run.check_held_out(held_out, recipe.data, rae.image_size)
-        moments = _look(recipe, rae, held_out or images)
+        first, rounding = _first_latents(recipe, rae, held_out or images), {}
+        if recipe.encoder.precision != "fp32":
+            rae.encoder.to(DTYPES[recipe.encoder.precision])
+            exact, first = first, _first_latents(recipe, rae, held_out or images)
+            rounding = {"precision": recipe.encoder.precision} | latent_error(exact, first)
+        moments = latent_moments(first, recipe.network.patch_size)
+        batches = _latents(recipe, rae, images, stored, run)
         standardised = rae.latent_mean is not None if isinstance(rae, RAE) else None
         schedule = {"steps": run.total // recipe.run.batch, "warmup": run.warmup("optim")}
         health = Health.of(config, moments, decay=recipe.optim.ema[0], **schedule)
         doubts = check_settings(config, recipe.optim, moments, standardised=standardised, **schedule)
-        run.begin()
+        run.begin(_describe_rounding(**rounding) if rounding else None)
+        if rounding:
+            run.note("encoder", **rounding)
         run.tell(**doubts)
         for parts in batches:
             # --- single training step ---------------------------------------------------------------------------------
@@ -223,13 +230,20 @@ def _held_out(
         yield rae.encode(to_unit(batch["image"].to(device))), labels, batch["index"].tolist()
 
 
-def _look(recipe: DiTRecipe, rae: Autoencoder, images: Images) -> LatentMoments:
-    """Moments of the first few latents, by which settings and losses are judged."""
+def _first_latents(recipe: DiTRecipe, rae: Autoencoder, images: Images) -> torch.Tensor:
+    """The first few latents, by which settings and losses are judged."""
     count = min(len(images), LOOK)
     for latents, _, _ in _held_out(recipe, rae, images, count, lambda _: None):
-        return latent_moments(latents, recipe.network.patch_size)
+        return latents
     raise ImageError(
         f"none of the first {count} images can be read; the first is {images.names[0]}. Replace or remove them."
+    )
+
+
+def _describe_rounding(precision: str, latent_error: float, latent_snr: float) -> str:
+    return (
+        f"the encoder computes in {precision}: its latents differ from those of fp32 by {latent_error:.2g} per element "
+        f"(mean square), {latent_snr:.1f} dB below them"
     )
 
 

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
-from rae.autoencoder.baselines import Autoencoder
+from rae.autoencoder.baselines import Autoencoder, is_baseline
 from rae.config import Config, parse
 from rae.data.images import DataConfig
 from rae.diffusion.dit import DIT_SIZES, HEAD_SIZE
@@ -13,6 +13,12 @@ from rae.diffusion.model import DiffusionModelConfig
 from rae.training.latents import check_crop
 from rae.training.optim import Decays, OptimizerConfig
 from rae.training.run import RunConfig
+
+
+class EncodingConfig(Config):
+    """How images become latents, by the encoder of the autoencoder that is named."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"  # what it computes in; its latents are float32 all the same
 
 
 class NetworkConfig(Config):
@@ -74,6 +80,7 @@ class DiTRecipe(Config):
 
     seed: int = Field(0, ge=0, lt=2**63)
     rae: str  # folder or hub id of the autoencoder, or pixels@SIZE, sd-vae:WEIGHTS@SIZE
+    encoder: EncodingConfig = EncodingConfig()
     data: DataConfig
     latents: str = "online"  # online: encode at every step; memory: once (small sets); else a folder of `rae cache`
     network: NetworkConfig
@@ -94,6 +101,13 @@ class DiTRecipe(Config):
     def _consistent(self) -> "DiTRecipe":
         if self.latents != "online":
             check_crop("latents", self.data, self.latents)
+        if self.encoder.precision != "fp32" and is_baseline(self.rae):
+            raise ValueError(f"encoder.precision {self.encoder.precision} is an RAE's; {self.rae} computes in fp32")
+        if self.encoder.precision != "fp32" and self.latents not in ("online", "memory"):
+            raise ValueError(
+                f"encoder.precision {self.encoder.precision} is of latents that the run encodes itself, and "
+                f"{self.latents} holds those of `rae cache`, which encodes in fp32; take encoder.precision=fp32"
+            )
         if self.network.kind == "dit" and self.network.head:
             raise ValueError(f"network.head {self.network.head} belongs to dit-dh, network.kind is dit; change either")
         if self.sheet.cfg is not None and self.network.unconditional:

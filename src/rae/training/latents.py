@@ -163,6 +163,13 @@ def origin_of(rae: Autoencoder, images: Images, data: DataConfig) -> Origin:
     )
 
 
+def latent_error(exact: torch.Tensor, rounded: torch.Tensor) -> dict[str, float]:
+    """`latent_error`: mean e^2 per element, e = rounded - exact; `latent_snr`: mean exact^2 to it, in dB. A cache gives
+    the same figures of its own rounding (`CacheConfig`)."""
+    signal, error = (x.double().square().mean().item() for x in (exact, rounded - exact))
+    return {"latent_error": error, "latent_snr": 10 * math.log10(signal / error)}
+
+
 def stored_latents(folder: str | Path, rae: Autoencoder, images: Images, data: DataConfig) -> StoredLatents:
     """The latents of a run, from a cache on the disk.
 

@@ -399,6 +399,12 @@ class Run:
                 self.warn(message)
                 self.record(about=about, warning=message)
 
+    def note(self, about: str, **figures: Any) -> None:
+        """Write figures that hold for the whole run to its log, once."""
+        if about not in self._told:
+            self._told.add(about)
+            self.record(about=about, **figures)
+
     def warn(self, message: str | None) -> None:
         if message:
             self._say(message, style="yellow")
