@@ -1,0 +1,91 @@
+"""Standard errors: how far a figure would scatter if the same model made other images.
+
+    mean of x_i                   s / sqrt(N)
+    smooth figure of all images   s(h) / sqrt(N), h_i = d(figure) / d(weight of image i), weights of mean 1
+    any other                     jackknife: the figure again, without each image, or each part of them
+
+The first two are what a bootstrap tends to with many replicates (Efron 1982, "The jackknife, the bootstrap and other
+resampling plans", ch. 5 and 6), without its work and its own noise, and they need no seed. `bootstrap_error` is for
+figures that have no such formula, and to check those that have one. Samples are resampled, the reference is held fixed:
+two models are compared with one reference, and what it has of chance in it, it does to both. Where a function resamples
+the reference too it says so.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_PARTS, _REPLICATE, _SUBSET = range(100, 103)  # families of draws under one seed; `rae.data.order` has those below
+
+
+class Measured(NamedTuple):
+    """A figure.
+
+    Attributes:
+        value: the figure.
+        error: its standard error; None where it has none.
+    """
+
+    value: float
+    error: float | None
+
+
+def standard_error(values: Tensor) -> float | None:
+    """s / sqrt(N) of the mean of values [N], s with N - 1; None for a single one."""
+    return values.double().std().item() / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def measured_mean(values: Tensor) -> Measured:
+    """Mean of one number for each image, [N] on the CPU or a GPU, and its standard error.
+
+    Raises:
+        ValueError: none, or values that are not finite.
+    """
+    if len(values) == 0:
+        raise ValueError("the mean of 0 values is asked for; give one for each image.")
+    if values.is_floating_point() and not (finite := values.isfinite()).all():
+        bad = (~finite).nonzero().flatten()
+        raise ValueError(f"{len(bad)} of {len(values)} values are not finite (first: image {bad[0].item()}).")
+    return Measured(values.double().mean().item(), standard_error(values))
+
+
+def jackknife_error(without: Tensor) -> float:
+    """sqrt((G - 1) / G sum_g (f_g - mean f)^2), f_g the figure without part g of G [G]; a part may be one image."""
+    g = len(without)
+    return math.sqrt((g - 1) / g * (without - without.mean()).square().sum().item())
+
+
+def bootstrap_error(statistic: Callable[[Tensor], float], count: int, *, replicates: int, seed: int = 0) -> float:
+    """Standard deviation of a figure over images drawn anew from those that are there, with replacement.
+
+    Not for nearest neighbours: an image that is drawn twice is its own neighbour. Of B replicates, the error has itself
+    a relative error of 1 / sqrt(2 B - 2).
+
+    Args:
+        statistic: the figure of the images of these numbers [count], some of them several times.
+        count: N.
+        replicates: B, at least 2.
+        seed: the draws of replicate b are a function of (seed, b) alone.
+    """
+    if replicates < 2:
+        raise ValueError(f"a spread takes at least 2 replicates, got {replicates}; 100 tell it to 7 %.")
+    found = []
+    for replicate in range(replicates):
+        drawn = np.random.default_rng((_REPLICATE, seed, replicate)).integers(count, size=count)
+        found.append(statistic(torch.from_numpy(drawn)))
+    return float(np.std(found, ddof=1))
+
+
+def random_parts(count: int, parts: int, seed: int = 0) -> list[Tensor]:
+    """Numbers 0 ... count - 1 in disjoint random parts, sizes equal to within one, each in ascending order."""
+    order = torch.from_numpy(np.random.default_rng((_PARTS, seed)).permutation(count))
+    return [part.sort().values for part in order.tensor_split(parts)]
+
+
+def random_subset(count: int, size: int, number: int, seed: int = 0) -> Tensor:
+    """`size` different numbers of 0 ... count - 1; a function of (seed, number) alone."""
+    return torch.from_numpy(np.random.default_rng((_SUBSET, seed, number)).choice(count, size, replace=False))

@@ -1,0 +1,80 @@
+"""Standard errors against closed forms, and against what fresh samples do."""
+
+import math
+
+import pytest
+import torch
+
+from rae.evaluation.uncertainty import (
+    bootstrap_error,
+    jackknife_error,
+    measured_mean,
+    random_parts,
+    random_subset,
+    standard_error,
+)
+
+
+@pytest.fixture
+def values():
+    return torch.randn(400, generator=torch.Generator().manual_seed(0)).exp()
+
+
+def test_mean_and_its_error():
+    found = measured_mean(torch.tensor([1.0, 2.0, 6.0]))
+    assert found == (3.0, pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3)))
+    assert measured_mean(torch.tensor([True, False])) == (0.5, pytest.approx(0.5))
+    assert measured_mean(torch.tensor([2])) == (2.0, None)
+
+
+def test_jackknife_of_a_mean_is_its_standard_error(values):
+    values = values.double()
+    without = (values.sum() - values) / (len(values) - 1)
+    assert jackknife_error(without) == pytest.approx(standard_error(values), rel=1e-12)
+
+
+def test_bootstrap_of_a_mean_tends_to_its_standard_error(values):
+    error = bootstrap_error(lambda rows: values[rows].mean().item(), len(values), replicates=800)
+    assert error == pytest.approx(standard_error(values), rel=3 / math.sqrt(2 * 800))  # three of its own errors
+
+
+def test_bootstrap_of_a_median(values):
+    # of n values of density p about the median: 1 / (2 p sqrt(n)); the median of exp(normal) is 1, its density there
+    # that of the normal at 0
+    error = bootstrap_error(lambda rows: values[rows].median().item(), len(values), replicates=200)
+    assert error == pytest.approx(math.sqrt(2 * math.pi) / 2 / math.sqrt(len(values)), rel=0.3)
+
+
+def test_replicates_are_functions_of_seed_and_number():
+    def drawn(replicates, seed):
+        seen = []
+        bootstrap_error(lambda rows: seen.append(rows.tolist()) or float(rows[0]), 20, replicates=replicates, seed=seed)
+        return seen
+
+    assert drawn(5, 3)[:2] == drawn(2, 3)
+    assert drawn(2, 3) != drawn(2, 4)
+    assert drawn(2, 3)[0] != drawn(2, 3)[1]
+    assert all(set(rows) <= set(range(20)) and len(rows) == 20 for rows in drawn(5, 0))
+
+
+def test_parts_are_disjoint_random_and_of_one_size():
+    parts = random_parts(103, 4)
+    assert torch.cat(parts).sort().values.tolist() == list(range(103))
+    assert sorted(len(part) for part in parts) == [25, 26, 26, 26]
+    assert all(abs(part.double().mean() - 51) < 15 for part in parts)  # not the first, second, ... quarter
+    assert parts[0].tolist() == random_parts(103, 4)[0].tolist() != random_parts(103, 4, seed=1)[0].tolist()
+
+
+def test_subsets_hold_nothing_twice():
+    subset = random_subset(50, 40, number=7)
+    assert len(subset.unique()) == 40
+    assert subset.tolist() == random_subset(50, 40, number=7).tolist() != random_subset(50, 40, number=8).tolist()
+
+
+def test_errors_carry_the_numbers():
+    with pytest.raises(ValueError, match=r"1 of 3 values are not finite \(first: image 2\)"):
+        measured_mean(torch.tensor([1.0, 2.0, float("nan")]))
+    with pytest.raises(ValueError, match="mean of 0 values"):
+        measured_mean(torch.zeros(0))
+    with pytest.raises(ValueError, match="at least 2 replicates, got 1"):
+        bootstrap_error(lambda rows: 0.0, 5, replicates=1)
