@@ -10,7 +10,7 @@ are computed in the `dtype` that the caller names.
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal, Self
 
 import pydantic
 import torch
@@ -64,7 +64,7 @@ class DiTConfig(Config):
     allow_narrow: bool = False
 
     @classmethod
-    def of_size(cls, size: str, **settings):
+    def of_size(cls, size: str, **settings: Any) -> Self:
         """The configuration of a published size, S to T: `DiTDHConfig.of_size("XL", in_channels=768, ...)`."""
         if size not in DIT_SIZES:
             raise ValueError(f"unknown size {size!r}; the sizes are {', '.join(DIT_SIZES)} (Table 13).")
@@ -86,7 +86,7 @@ class DiTConfig(Config):
         return self.width
 
     @pydantic.model_validator(mode="after")
-    def _fits(self):
+    def _fits(self) -> Self:
         if any(side <= 0 or side % self.patch_size for side in self.grid):
             raise ValueError(f"grid {self.grid} is not a multiple of patch_size {self.patch_size}; change either.")
         for name, width, heads in self._streams():
@@ -179,7 +179,7 @@ class Linear(nn.Linear):
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + 1e-6) * weight, over the last dimension."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
@@ -195,7 +195,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention with rotary embedding on queries and keys."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool):
+    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = Linear(width, 3 * width)
@@ -226,7 +226,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 class SwiGLU(nn.Module):
     """w3(silu(a) * b), (a, b) = w12(x)."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.w12 = Linear(width, 2 * hidden)
         self.w3 = Linear(hidden, width)
@@ -239,7 +239,7 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """A transformer block with adaLN-zero modulation, by one condition per sample ([B,1,W]) or per token ([B,N,W])."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool):
+    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool) -> None:
         super().__init__()
         self.norm1 = RMSNorm(width)
         self.attn = Attention(width, heads, qk_norm)
@@ -256,7 +256,7 @@ class Block(nn.Module):
 class FinalLayer(nn.Module):
     """Modulated norm and projection to the numbers of a token."""
 
-    def __init__(self, width: int, token_dim: int):
+    def __init__(self, width: int, token_dim: int) -> None:
         super().__init__()
         self.norm = RMSNorm(width)
         self.modulation = Linear(width, 2 * width)
@@ -270,7 +270,7 @@ class FinalLayer(nn.Module):
 class TimeEmbedding(nn.Module):
     """MLP([sin(2 pi t W), cos(2 pi t W)]), W a vector of 256 frequencies drawn once; t is not scaled by 1000."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.frequencies = nn.Parameter(torch.randn(256))  # trained, as in the published checkpoints
         self.mlp = nn.Sequential(Linear(512, width), nn.SiLU(), Linear(width, width))
@@ -290,7 +290,7 @@ class DiT(nn.Module):
     always read from checkpoints. A fresh model puts out exactly 0.
     """
 
-    def __init__(self, config: DiTConfig):
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
         self.embed = Linear(config.token_dim, config.width)

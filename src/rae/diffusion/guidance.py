@@ -44,7 +44,7 @@ class CFG:
     t_min: float = 0.0
     t_max: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check(self.scale, self.t_min, self.t_max)
 
     def wrap(self, model: DiffusionModel) -> Network:
@@ -79,7 +79,7 @@ class AutoGuidance:
     t_min: float = 0.0
     t_max: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check(self.scale, self.t_min, self.t_max)
 
     def wrap(self, model: DiffusionModel) -> Network:

@@ -4,7 +4,7 @@ import difflib
 import operator
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import pydantic
 import torch
@@ -38,7 +38,7 @@ class DiffusionModelConfig(Config):
     drop_labels: float | None = pydantic.Field(None, ge=0, le=1)
 
     @pydantic.model_validator(mode="after")
-    def _fits(self):
+    def _fits(self) -> Self:
         names, classes = self.class_names, self.network.num_classes
         if names is not None and len(names) != classes:
             raise ValueError(f"{len(names)} class names for {classes} classes; give one each, or none.")
@@ -60,7 +60,7 @@ class DiffusionModel(nn.Module):
         dtype: of the network's matrix products, float32 or bfloat16; parameters stay float32.
     """
 
-    def __init__(self, config: DiffusionModelConfig, *, dtype: torch.dtype = torch.float32):
+    def __init__(self, config: DiffusionModelConfig, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
         self.dtype = dtype
