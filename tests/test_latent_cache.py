@@ -427,6 +427,14 @@ def test_a_cache_of_another_autoencoder_is_refused(written, rae, tmp_path):
     assert "encoder:" not in str(refused.value)  # the same one: it is the statistics
 
 
+def test_names_that_a_run_gives_its_classes_change_no_latents(written, rae, tmp_path):
+    (tmp_path / "names.txt").write_text("\n".join("abcdefghij"))
+    data = DATA.model_copy(update={"class_names": str(tmp_path / "names.txt")})
+    images, _ = open_split(data)
+    assert images.class_names == list("abcdefghij")
+    assert len(stored_latents(written["fp16"], rae, images, data)) == len(images)
+
+
 def test_a_cache_of_other_images_or_crops_is_refused(written, rae):
     images, _ = open_split(DATA)
     cache, origin = open_cache(written["fp16"]), origin_of(rae, images, DATA)

@@ -1,6 +1,7 @@
 """Stage 2: what the loop computes, what it saves, and how it refuses."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,13 @@ def test_an_encoder_in_fp32_says_nothing_of_precision(pretrained):
     assert not lines(pretrained, "precision")
 
 
+def test_a_run_keeps_to_the_way_its_latents_are_taken(rae, pretrained, tmp_path):
+    folder = shutil.copytree(pretrained, tmp_path / "run")
+    said = r"was begun with latents: online, and the recipe says latents: memory\. Ask for the same, or begin a new run"
+    with pytest.raises(TrainingError, match=said):
+        train_dit(dit_recipe(rae, run__duration="5st", latents="memory"), folder)
+
+
 def test_small_micro_batches_compute_the_large_batch(rae, tmp_path):
     whole = train_dit(dit_recipe(rae, run__log_every="1st"), tmp_path / "whole")
     for latents in ("online", "memory"):
@@ -210,7 +218,7 @@ def test_names_of_a_file_travel_with_the_model_and_must_stay(rae, tmp_path):
     moved = {"data__class_names": str(tmp_path / "moved.txt"), "run__duration": "2st"}
     train_dit(dit_recipe(rae, **moved), folder)
     (tmp_path / "moved.txt").write_text("\n".join(words[::-1]))
-    with pytest.raises(TrainingError, match="was trained on images"):
+    with pytest.raises(TrainingError, match=r"was trained on class names \w{12} and finds class names \w{12}:"):
         train_dit(dit_recipe(rae, **moved | {"run__duration": "3st"}), folder)
 
 

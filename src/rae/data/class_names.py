@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rae.data.image_set import ImageError, Images, digest
+from rae.data.image_set import ImageError, Images
 
 
 def name_classes(images: Images, file: str | Path, source: str) -> Images:
@@ -43,7 +43,7 @@ def name_classes(images: Images, file: str | Path, source: str) -> Images:
                 f"{where} calls both {names[known[key]]} and {name} {known[key]!r}: give each class a name of its own."
             )
         names[known[key]] = name
-    return dataclasses.replace(images, class_names=list(names), identity=digest([images.identity, *names]))
+    return dataclasses.replace(images, class_names=list(names))  # whose identity is that of their numbers
 
 
 def _read(path: Path, where: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from rae.autoencoder.baselines import Autoencoder, open_autoencoder
 from rae.autoencoder.rae import RAE
 from rae.config import ConfigError
+from rae.data.image_set import digest
 from rae.data.images import ImageError, Images, Stream, loader, open_split, readable, to_unit
 from rae.data.latent_cache import StoredLatents
 from rae.data.order import noise_draws
@@ -70,6 +71,7 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
 
         # --- load -----------------------------------------------------------------------------------------------------
         identity = {"images": images.identity, "latents": rae.latent_identity}
+        identity["class names"] = digest(config.class_names or ())
         identity["cache"] = stored.config.identity if stored else recipe.latents
         if run.checkpoint:
             run.resume(identity)

@@ -71,13 +71,20 @@ def check_identity(folder: Path, state: Mapping[str, Any], identity: Mapping[str
         epoch: images in an epoch, now.
     """
     for name, now in identity.items():
-        if (begun := state["identity"][name]) != now:
-            counts = f" ({state['epoch']:,} then, {epoch:,} now)" if name == "images" else ""
+        begun = state["identity"].get(name, now)  # checkpoints of earlier versions have no class names
+        if begun == now:
+            continue
+        if name == "cache":
+            then, asked = (kept if kept in ("online", "memory") else f"the cache {kept[:12]}" for kept in (begun, now))
             raise TrainingError(
-                f"{folder} was trained on {name} {begun[:12]}, this is {name} {now[:12]}{counts}: files were "
-                "added, removed or changed, or the recipe names others. Restore them, or begin a new run in "
-                "another folder."
+                f"{folder} was begun with latents: {then}, and the recipe says latents: {asked}. Ask for the same, or "
+                "begin a new run in another folder."
             )
+        counts = f" ({state['epoch']:,} then, {epoch:,} now)" if name == "images" else ""
+        raise TrainingError(
+            f"{folder} was trained on {name} {begun[:12]} and finds {name} {now[:12]}{counts}: files were added, "
+            "removed or changed, or the recipe names others. Restore them, or begin a new run in another folder."
+        )
 
 
 def check_starts(state: Mapping[str, Any], starts: Mapping[str, int], batch: int) -> None:
