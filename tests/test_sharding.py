@@ -12,9 +12,11 @@ import sys
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from tiny import decoder_recipe, dit_recipe, lines, save_encoder, tensors
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
@@ -34,6 +36,7 @@ from rae.training.sharding import compiled, is_sharded, part_for, shard, whole
 # Five channels, odd widths and a whole batch of six leave no two processes with the same number of rows.
 COMMON = {"network__qk_norm": True, "optim__ema": [0.9, 0.5], "optim__clip": 0.5, "run__batch": 6}
 COMMON |= {"run__micro_batch": 2, "run__log_every": "1st", "run__duration": "4st", "run__keep_at": ["3st"]}
+COMMON |= {"run__evaluate_every": "2st"}  # which must leave training as it is
 SHARDED = {"run__sharding": "full", "run__recompute": True}
 
 
@@ -117,7 +120,7 @@ def check_compiled_blocks(mesh) -> None:
 
 
 def check_what_is_left(patch: pytest.MonkeyPatch) -> None:
-    """Models that are put together for figures, checkpoints and `kept/` are gone when the run ends."""
+    """Models are put together for checkpoints and `kept/` alone, not for figures, and are gone when the run ends."""
     models, put_together, conclude = [], DiffusionModel.of_weights, Run.conclude
 
     def remember(*arguments, **named) -> DiffusionModel:
@@ -127,7 +130,7 @@ def check_what_is_left(patch: pytest.MonkeyPatch) -> None:
 
     def check(run: Run) -> Path:
         gc.collect()
-        assert len(models) == (6 if run.main else 0)  # the average and online weights; two averages, twice
+        assert len(models) == (4 if run.main else 0)  # two averages, twice
         assert not any(model() for model in models)
         return conclude(run)
 
@@ -187,6 +190,17 @@ def test_two_processes_compute_what_one_does(trained, name):
     kept = (DiffusionModel.from_pretrained(trained / run / "kept/000000018") for run in (name, "alone"))
     for value, same in zip(*(model.network.parameters() for model in kept)):
         torch.testing.assert_close(value, same, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["alike", "sharded", "began-alone"])
+def test_figures_and_sheets_of_two_processes_are_those_of_one(trained, name):
+    for line, alone in zip(
+        lines(trained / name, "held_out_loss"), lines(trained / "alone", "held_out_loss"), strict=True
+    ):
+        assert line == pytest.approx(alone, rel=1e-5)
+    for file in ("samples/000000012.png", "samples/000000024.png"):
+        sheet, same = (np.asarray(Image.open(trained / run / file), dtype=int) for run in (name, "alone"))
+        assert abs(sheet - same).max() <= 1  # the nearest of 256 levels
 
 
 def test_one_process_goes_on_from_what_two_with_parts_have_saved(trained):

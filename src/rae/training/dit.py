@@ -111,19 +111,18 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
             return save
 
         def evaluate() -> None:
-            """Figures and a sheet, by the main process. Models that are put together for it do not outlive it."""
-            shown, online = _whole(ema, run), _whole(model, run) if held_out else None
-            if shown is None:
+            """Figures and a sheet, by the main process; of models that are spread, by all, each of which has a part."""
+            if not run.main and not is_sharded(ema.network):
                 return
-            shown.to(device)
             if held_out:
-                online.to(device)
                 count = min(len(held_out), recipe.run.evaluate_images)
                 kept_back = _held_out(recipe, rae, held_out, count, run.leave_out)
-                found = loss_by_time(shown, kept_back, count=count, seed=_FIXED, online=online)
+                found = loss_by_time(ema, kept_back, count=count, seed=_FIXED, online=model)
                 run.judge(best_by="held_out_loss", **found.figures(config, moments))
                 run.tell(ema=health.of_average(found, run.step))
-            run.show(_samples(shown, rae, recipe.sheet))
+            sheet = _samples(ema, rae, recipe.sheet)
+            if run.main:
+                run.show(sheet)
 
         run.check_held_out(held_out, recipe.data, rae.image_size)
         first, rounding = _first_latents(recipe, rae, held_out or images), {}
