@@ -88,7 +88,9 @@ def test_errors_carry_the_numbers():
         _ = moments.covariance
     with pytest.raises(ValueError, match="dimension 3 into 4"):
         moments.merge(Moments(3))
-    with pytest.raises(ValueError, match="of one d"):
+    with pytest.raises(ValueError, match=r"cov1 \[d,d\] of one d are needed, got \[2\] and \[3, 3\]"):
+        frechet_distance(torch.zeros(2), torch.eye(3), torch.zeros(3), torch.eye(3))
+    with pytest.raises(ValueError, match=r"features of 2 \(first\), 3 \(second\) dimensions do not compare"):
         frechet_distance(torch.zeros(2), torch.eye(2), torch.zeros(3), torch.eye(3))
 
 
