@@ -1,10 +1,24 @@
-"""The Frechet distance against closed forms, against a general matrix root, and its streaming moments."""
+"""The Frechet distance against closed forms, against a general matrix root, its streaming moments, its errors against
+fresh samples and a bootstrap, and what it tends to against what is known of normal distributions."""
 
+import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from devices import Float32Device
 
-from rae.evaluation.frechet import Moments, frechet_distance
+from rae.evaluation.frechet import (
+    Moments,
+    Normal,
+    _distance_and_influence,
+    distance_between,
+    frechet_distance,
+    frechet_measured,
+    frechet_to_infinity,
+    normal,
+    normal_of,
+)
+from rae.evaluation.uncertainty import bootstrap_error
 
 
 def random_covariance(dim: int, generator: torch.Generator) -> torch.Tensor:
@@ -42,9 +56,28 @@ def test_commuting_covariances(generator):
     assert got == pytest.approx((a.sqrt() - b.sqrt()).square().sum().item(), rel=1e-10)
 
 
-def test_agrees_with_a_general_matrix_root(generator):
-    cov1, cov2 = random_covariance(12, generator), random_covariance(12, generator)
-    mean1, mean2 = torch.randn(2, 12, generator=generator, dtype=torch.float64)
+def test_small_eigenvalues_count(generator):
+    # spectra over twelve decades, one falling and one rising: half of the distance stands in roots of small numbers
+    basis = torch.linalg.qr(torch.randn(60, 60, generator=generator, dtype=torch.float64)).Q
+    a, b = torch.logspace(0, -12, 60, dtype=torch.float64), torch.logspace(-12, 0, 60, dtype=torch.float64)
+    mean = torch.zeros(60)
+    for first, second in ((a, b), (a, torch.ones(60)), (a, a * 1.01)):
+        got = frechet_distance(mean, basis * first @ basis.T, mean, basis * second @ basis.T)
+        assert got == pytest.approx((first.sqrt() - second.sqrt()).square().sum().item(), rel=1e-7)
+
+
+def test_zero_eigenvalues_on_either_side(generator):
+    basis = torch.linalg.qr(torch.randn(40, 40, generator=generator, dtype=torch.float64)).Q
+    a, b = torch.rand(2, 40, generator=generator, dtype=torch.float64)
+    a[:15], b[10:30] = 0, 0
+    got = frechet_distance(torch.zeros(40), basis * a @ basis.T, torch.zeros(40), basis * b @ basis.T)
+    assert got == pytest.approx((a.sqrt() - b.sqrt()).square().sum().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("d", [12, 80])
+def test_agrees_with_a_general_matrix_root(generator, d):
+    cov1, cov2 = random_covariance(d, generator), random_covariance(d, generator)
+    mean1, mean2 = torch.randn(2, d, generator=generator, dtype=torch.float64)
     root = torch.from_numpy(scipy.linalg.sqrtm((cov1 @ cov2).numpy())).real
     expected = (mean1 - mean2).square().sum() + (cov1 + cov2 - 2 * root).trace()
     assert frechet_distance(mean1, cov1, mean2, cov2) == pytest.approx(expected.item(), rel=1e-10)
@@ -114,3 +147,135 @@ def test_what_is_no_covariance_is_refused(generator):
     assert torch.linalg.eigvalsh(rounded.double())[0] < -1e-10
     assert frechet_distance(torch.zeros(64), low_rank, torch.zeros(64), rounded) < 1e-5
     assert frechet_distance(mean, torch.zeros(5, 5), mean, torch.zeros(5, 5)) == 0
+
+
+# --- a factored reference, features themselves -----------------------------------------------------------------------
+
+
+def features_of(n: int, generator: torch.Generator, d: int = 24, scale: float = 1.0, shift: float = 0.0):
+    """Normal, with standard deviations from `scale` to scale / d and all means `shift`: float32 [n,d]."""
+    return torch.randn(n, d, generator=generator) * scale / torch.arange(1, d + 1) + shift
+
+
+def population(d: int = 24, scale: float = 1.0, shift: float = 0.0) -> Normal:
+    root = torch.diag(scale / torch.arange(1, d + 1, dtype=torch.float64))
+    return Normal(torch.full((d,), shift, dtype=torch.float64), root)
+
+
+@pytest.mark.parametrize("count", [2, 23, 24, 25, 300])
+def test_features_and_their_moments_have_one_distance(generator, count):
+    reference = normal_of(features_of(500, generator, scale=1.2))
+    samples = features_of(count, generator)
+    moments = moments_of(samples)
+    expected = distance_between(normal(moments.mean, moments.covariance), reference)
+    assert distance_between(normal_of(samples), reference) == pytest.approx(expected, rel=1e-10)
+    assert frechet_measured(samples, reference).value == pytest.approx(expected, rel=1e-10)
+    assert frechet_measured(samples.flip(0), reference).value == pytest.approx(expected, rel=1e-10)  # in any order
+
+
+@pytest.mark.parametrize("count", [5, 60])
+def test_a_collapsed_model_is_measured(count):
+    """All samples one image: no covariance is left, and no error."""
+    reference = population(shift=1.0)
+    found = frechet_measured(torch.zeros(count, 24), reference)
+    assert found == (pytest.approx(24 + reference.root.square().sum().item(), rel=1e-12), pytest.approx(0, abs=1e-12))
+
+
+def test_blocks_of_many_rows_are_those_of_the_whole(generator):
+    features = 5 + torch.randn(4500, 3, generator=generator, dtype=torch.float64)
+    moments = moments_of(features)
+    torch.testing.assert_close(moments.mean, features.mean(0), rtol=1e-13, atol=0)
+    torch.testing.assert_close(moments.covariance, features.T.cov(), rtol=1e-12, atol=1e-14)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [12, 24, 200])
+def test_influence_is_the_derivative_by_the_weight_of_an_image(generator, count):
+    samples, reference = features_of(count, generator).double(), population(scale=1.3, shift=0.1)
+    distance, influence = _distance_and_influence(samples, reference)
+
+    def weighted(weights: torch.Tensor) -> float:
+        mean = weights @ samples
+        root = ((samples - mean) * (weights * count / (count - 1)).sqrt()[:, None]).T
+        return distance_between(Normal(mean, root), reference)
+
+    even, step = torch.full((count,), 1 / count, dtype=torch.float64), 1e-5
+    assert weighted(even) == pytest.approx(distance, rel=1e-12)
+    for image in (0, 5, count - 1):
+        towards = torch.zeros(count, dtype=torch.float64)
+        towards[image] = 1
+        moved = [weighted(even + sign * step * (towards - even)) for sign in (1, -1)]
+        slope = (moved[0] - moved[1]) / (2 * step)
+        mean_part = 2 * (samples[image] - samples.mean(0)) @ (samples.mean(0) - reference.mean)
+        # the derivative of an unbiased covariance has a factor N / (N - 1)
+        expected = (influence[image] - mean_part) * count / (count - 1) + mean_part
+        assert slope == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+
+
+def test_error_is_the_scatter_of_fresh_samples(generator):
+    reference = population(scale=1.2, shift=0.1)
+    found = [frechet_measured(features_of(300, generator), reference) for _ in range(80)]
+    scatter = np.std([value for value, _ in found], ddof=1)
+    assert np.mean([error for _, error in found]) == pytest.approx(scatter, rel=0.25)  # three errors of the scatter
+
+
+def test_error_is_that_of_a_bootstrap(generator):
+    samples, reference = features_of(300, generator), population(scale=1.2, shift=0.1)
+    error = bootstrap_error(lambda rows: distance_between(normal_of(samples[rows]), reference), 300, replicates=100)
+    assert frechet_measured(samples, reference).error == pytest.approx(error, rel=0.25)
+
+
+# --- infinitely many samples -----------------------------------------------------------------------------------------
+
+
+def test_the_line_is_that_of_least_squares(generator):
+    found = frechet_to_infinity(features_of(203, generator), population())
+    assert found.sizes == (203, 203 / 2, 203 / 4)
+    slope, intercept = np.polyfit([1 / n for n in found.sizes], found.distances, 1)
+    assert found.infinite.value == pytest.approx(intercept, rel=1e-9)
+    assert slope > 0
+    assert found.finite == frechet_measured(features_of(203, torch.Generator().manual_seed(0)), population())
+
+
+def test_what_the_distance_tends_to(generator):
+    """Samples of a known distribution: the bias goes, and the error covers what is left."""
+    reference, own = population(scale=1.2), population()
+    true = distance_between(own, reference)
+    found = [frechet_to_infinity(features_of(240, generator), reference, seed=seed) for seed in range(30)]
+    bias = {name: np.mean([getattr(f, name).value for f in found]) - true for name in ("finite", "infinite")}
+    scatter = np.std([f.infinite.value for f in found], ddof=1)
+    assert bias["finite"] > 3 * scatter / 30**0.5  # there is one
+    assert abs(bias["infinite"]) < bias["finite"] / 4
+    assert np.mean([f.infinite.error for f in found]) == pytest.approx(scatter, rel=0.5)
+
+
+def test_a_division_is_a_function_of_its_seed(generator):
+    samples, reference = features_of(100, generator), population()
+    first, again, other = (frechet_to_infinity(samples, reference, seed=seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first.finite == other.finite
+    assert first.infinite != other.infinite
+
+
+def test_samples_that_cannot_be_measured_are_refused(generator):
+    samples, reference = features_of(30, generator), population()
+    with pytest.raises(ValueError, match=r"samples: 1 images are too few for a covariance; give at least 2"):
+        frechet_measured(samples[:1], reference)
+    with pytest.raises(ValueError, match=r"7 images are too few to extrapolate from 4 parts; give at least 8"):
+        frechet_to_infinity(samples[:7], reference)
+    with pytest.raises(ValueError, match=r"features of 20 \(samples\), 24 \(reference\) dimensions do not compare"):
+        frechet_measured(samples[:, :20], reference)
+    samples[3, 1] = float("nan")
+    with pytest.raises(ValueError, match=r"samples: features of 1 of 30 images are not finite \(first: 3\)"):
+        frechet_measured(samples, reference)
+    with pytest.raises(ValueError, match=r"one vector for each image, got \[30, 2, 12\]"):
+        frechet_measured(samples.view(30, 2, 12), reference)
+
+
+def test_a_device_needs_no_float64(generator):
+    samples, reference = features_of(50, generator), population()
+    expected = frechet_measured(samples, reference)
+    with Float32Device():
+        assert frechet_measured(samples.to("lazy"), reference) == expected

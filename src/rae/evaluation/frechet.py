@@ -133,7 +133,7 @@ def normal_of(features: Tensor, *, name: str = "features") -> Normal:
     return Normal(mean, (features - mean).T / math.sqrt(len(features) - 1))
 
 
-def between(a: Normal, b: Normal) -> float:
+def distance_between(a: Normal, b: Normal) -> float:
     """|mu_a - mu_b|^2 + |R_a|^2 + |R_b|^2 - 2 |R_a^T R_b|_*: the squared 2-Wasserstein distance, not negative.
 
     The eigenvalues of S_a S_b are the squared singular values of R_a^T R_b, so the trace of the root is their sum, the
@@ -159,7 +159,7 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
     Raises:
         ValueError: other shapes, values that are not finite, a covariance that is not positive semi-definite.
     """
-    return between(normal(mean1, cov1, names=("mean1", "cov1")), normal(mean2, cov2, names=("mean2", "cov2")))
+    return distance_between(normal(mean1, cov1, names=("mean1", "cov1")), normal(mean2, cov2, names=("mean2", "cov2")))
 
 
 def _distance(a: Normal, b: Normal, singular_values: Tensor) -> float:
@@ -248,6 +248,7 @@ def frechet_to_infinity(samples: Tensor, reference: Normal, *, seed: int = 0) ->
 
 def _distance_and_influence(samples: Tensor, reference: Normal) -> tuple[float, Tensor]:
     """Distance, and its derivative by the weight of each image [N], of mean 0 up to rounding."""
+    check_features(2, "for a covariance", samples=samples)
     check_dimensions(samples=samples, reference=reference.mean[None])
     own = normal_of(samples, name="samples")
     left, singular_values, _ = torch.linalg.svd(reference.root.T @ own.root, full_matrices=False)
