@@ -22,6 +22,7 @@ _INK = "#010203"  # drawn by matplotlib, then replaced by the colour of the page
 # readable on white and on black; lines beyond the eighth are dashed
 _COLOURS = ("#c8553d", "#3d7ea6", "#6a994e", "#9a6fb0", "#c58b1b", "#2a9d8f", "#8d6e63", "#d1699e")
 _LINES = ("-", "--", ":", "-.")
+_LEGIBLE, _STRIP = 52, 416  # pixels: least width of an image with text about it, of a picture of many images
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1e; --page: #fff; --faint: #6b6b70; --line: #d9d9de; --soft: #f4f4f6; }
@@ -42,6 +43,8 @@ figcaption { font-size: .9rem; color: var(--faint); max-width: 46rem; margin-top
 .sheet img { width: 100%; display: block; border-radius: 2px; }
 .sheet img.pixels { image-rendering: pixelated; }
 .sheet span { overflow-wrap: anywhere; line-height: 1.2; padding-right: .3rem; }
+.sheet .name { position: sticky; left: 0; align-self: stretch; display: flex; align-items: center;
+  overflow-wrap: break-word; background: var(--page); }
 .sheet .top, .sheet .under { text-align: center; padding: 0; font-variant-numeric: tabular-nums; }
 .sheet .under { margin-bottom: .4rem; }
 svg { max-width: 100%; height: auto; }
@@ -49,14 +52,14 @@ svg { max-width: 100%; height: auto; }
 table { border-collapse: collapse; font-size: .92rem; margin: .8rem 0; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line); }
 th { color: var(--faint); font-weight: 600; }
-td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; min-width: 5.5rem; }
-td:first-child { min-width: 8rem; }
+td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; min-width: 7rem; }
+td:first-child, th:first-child { min-width: 8rem; position: sticky; left: 0; background: var(--page); }
 small { color: var(--faint); font-size: .85em; line-height: 1.35; }
 pre { background: var(--soft); padding: .7rem .9rem; border-radius: 4px; overflow-x: auto; font-size: .82rem; }
 details { margin: .6rem 0; }
 summary { cursor: pointer; color: var(--faint); }
 .note { border-left: 3px solid #d08700; padding-left: .8rem; }
-@media (max-width: 480px) { td, th { font-size: .8rem; padding-right: .5rem; } td:first-child { min-width: 5rem; } }
+@media (max-width: 480px) { td, th { font-size: .8rem; padding-right: .5rem; } }
 """
 
 
@@ -209,7 +212,7 @@ def sheet(
         cells += ["<span></span>"] if names else []
         cells += [f'<span class="top">{_text(name)}</span>' for name in columns]
     for r, row in enumerate(rows):
-        cells += [f"<span>{_text(names[r])}</span>"] if names else []
+        cells += [f'<span class="name">{_text(names[r])}</span>'] if names else []
         pixels = ' class="pixels"' if size >= 2 * row.shape[2] else ""
         for c, image in enumerate(row):
             alt = ", ".join([*names[r : r + 1], *columns[c : c + 1]]) or f"row {r + 1}, column {c + 1}"
@@ -217,8 +220,11 @@ def sheet(
         if under and under[r]:
             cells += ["<span></span>"] if names else []
             cells += [f'<span class="under">{_text(text)}</span>' for text in under[r]]
-    template = ("fit-content(5.5rem) " if names else "") + f"repeat({len(rows[0])}, minmax(0, {size}px))"
-    grid = f'<div class="sheet" style="grid-template-columns: {template}">{"".join(cells)}</div>'
+    least = min(size, _STRIP if len(rows[0]) == 1 else _LEGIBLE if columns or under else 0)
+    template = ("fit-content(5.5rem) " if names else "") + f"repeat({len(rows[0])}, minmax({least}px, {size}px))"
+    grid = (
+        f'<div class="wide"><div class="sheet" style="grid-template-columns: {template}">{"".join(cells)}</div></div>'
+    )
 
     def strips(save: Save) -> str:
         lines = []
@@ -278,7 +284,7 @@ def curves(
     """
 
     def draw(plot, axes) -> None:
-        from matplotlib.ticker import EngFormatter
+        from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
         styles = itertools.product(_LINES, _COLOURS)
         for (name, (xs, ys)), (line, colour) in zip(series.items(), itertools.cycle(styles)):
@@ -291,6 +297,9 @@ def curves(
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if log:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         if any(len(xs) for xs, _ in series.values()):
             columns = max(1, min(3, 60 // (6 + max(map(len, series)))))
             plot.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
@@ -298,32 +307,35 @@ def curves(
     return _plot(draw, title, 2.9 + 0.16 * max(0, len(series) - 3))
 
 
-def dots(values: Mapping[str, tuple[float, float | None]], title: str, x: str) -> Piece:
+def dots(values: Mapping[str, tuple[float, float | None] | None], title: str, x: str) -> Piece:
     """A dot for each value with a bar of one standard error to either side, names in front, the first one on top.
 
     Args:
-        values: name -> (value, standard error or None); as many colours as `curves` gives to the same names.
+        values: name -> (value, standard error or None); one that is None is left out, and the others keep the colours
+            that `curves` gives them.
         title, x: of the plot and its axis.
     """
+    shown = {name: value for name, value in values.items() if value}
 
     def draw(_, axes) -> None:
-        for place, ((value, error), colour) in enumerate(zip(values.values(), itertools.cycle(_COLOURS))):
-            axes.errorbar([value], [place], xerr=error, fmt="o", color=colour, capsize=3, markersize=5)
-        axes.set_yticks(range(len(values)), list(values))
-        axes.set_ylim(len(values) - 0.5, -0.5)
+        colours = dict(zip(values, itertools.cycle(_COLOURS)))
+        for place, (name, (value, error)) in enumerate(shown.items()):
+            axes.errorbar([value], [place], xerr=error, fmt="o", color=colours[name], capsize=3, markersize=5)
+        axes.set_yticks(range(len(shown)), list(shown))
+        axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.set_xlabel(x)
 
-    return _plot(draw, title, 0.9 + 0.28 * len(values))
+    return _plot(draw, title, 0.9 + 0.28 * len(shown))
 
 
 def _plot(draw: Callable, title: str, height: float) -> Piece:
     import matplotlib
     from matplotlib.figure import Figure as Plot
 
-    ink = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
+    colours = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
     style = {"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif", "font.size": 10}
     file = io.StringIO()
-    with matplotlib.rc_context(ink | style):
+    with matplotlib.rc_context(colours | style):
         plot = Plot(figsize=(5, height), layout="constrained")
         axes = plot.add_subplot()
         draw(plot, axes)

@@ -1,0 +1,147 @@
+"""Figures of several evaluations side by side: what may stand in one row, and which differences are more than error."""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from rae.commands.compare_read import Compared, Evaluation, Judged
+from rae.evaluation.report import Piece, beside, dots, note, paragraph, table
+
+DIFFERENT = 2  # standard errors of a difference, beyond which it is called one
+ARROWS = {"lower": "↓", "higher": "↑"}
+HOW = (
+    "Value ± its standard error; below, the difference to the first one of the row and its error, √(e₁² + e₂²). A "
+    f"difference of up to {DIFFERENT} such errors is called within error; of twenty figures that do not differ, one "
+    "goes beyond by chance."
+)
+
+
+class Row(NamedTuple):
+    """One figure by one protocol: of each evaluation, or None."""
+
+    name: str
+    figures: list[Judged | None]
+
+    @property
+    def one(self) -> Judged:
+        """Any of them, for what they share."""
+        return next(figure for figure in self.figures if figure)
+
+
+def figures(compared: Sequence[Compared]) -> list[Piece]:
+    """The section: a table in which each row has one protocol, flags, and a plot of each row that has two values."""
+    judged = {each.name: each.evaluation for each in compared if each.evaluation}
+    if not judged:
+        return []
+    found = rows(list(judged.values()))
+    lines = [[_title(row), *_cells(row)] for row in found]
+    flags = ["flags", *(_flags(of.flags) for of in judged.values())]
+    pieces = [table(["figure", *judged], [_about(judged), flags, *lines])]
+    pieces.append(paragraph(HOW if len(judged) > 1 else "Value ± its standard error."))
+    pieces += [note(text) for text in apart(list(judged.values()))]
+    plots = []
+    for row in found:
+        values = [figure and (figure.value, figure.error) for figure in row.figures]
+        if sum(value is not None and math.isfinite(value[0]) for value in values) > 1:
+            plots.append(dots(dict(zip(judged, values)), row.one.title or row.name, f"{row.one.better} is better"))
+    return pieces + ([beside(*plots)] if plots else [])
+
+
+def rows(evaluations: Sequence[Evaluation]) -> list[Row]:
+    """A row for each figure; as many of one name as there are protocols that do not compare."""
+    found: dict[tuple[str, str], list[Judged | None]] = {}
+    for column, evaluation in enumerate(evaluations):
+        for name, figure in evaluation.figures.items():
+            key = name, json.dumps(protocol(evaluation, name), sort_keys=True)
+            found.setdefault(key, [None] * len(evaluations))[column] = figure
+    names = list(dict.fromkeys(name for name, _ in found))
+    return [Row(name, line) for wanted in names for (name, _), line in found.items() if name == wanted]
+
+
+def protocol(evaluation: Evaluation, name: str) -> dict[str, Any]:
+    """What two figures of a name must share to be compared."""
+    figure, reference = evaluation.figures[name], evaluation.reference
+    return {
+        "number of images": evaluation.subject.images,
+        "reference": reference.model_dump(mode="json", include={"images", "identity", "size", "crop"}),
+        "extractor": evaluation.extractors.get(name.partition("/")[2]),
+        "protocol": figure.protocol,
+        "better": figure.better,
+    }
+
+
+def apart(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Why figures of a name stand in several rows; names with the same reasons share a sentence."""
+    why: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for evaluation in evaluations for name in evaluation.figures):
+        protocols = [protocol(each, name) for each in evaluations if name in each.figures]
+        if others := [key for key in protocols[0] if any(one[key] != protocols[0][key] for one in protocols)]:
+            why.setdefault(", ".join(others), []).append(name)
+    return [
+        f"Not in one row, because they do not compare: {', '.join(names)} (different: {reason})."
+        for reason, names in why.items()
+    ]
+
+
+def verdict(first: Judged, other: Judged) -> str:
+    """The difference of two figures of one protocol, and whether it is one."""
+    difference = other.value - first.value
+    if not math.isfinite(difference):
+        return "not finite"
+    if first.error is None or other.error is None:
+        return f"{difference:+.3g}, no error known"
+    return (
+        f"{signed(difference, error := math.hypot(first.error, other.error))}: {call(difference, error, other.better)}"
+    )
+
+
+def call(difference: float, error: float, better: str) -> str:
+    """A word for a difference to the first one, and whether it is more than error."""
+    if abs(difference) <= DIFFERENT * error:
+        return "within error"
+    return "better" if (difference < 0) == (better == "lower") else "worse"
+
+
+def measured(value: float, error: float | None) -> str:
+    """A value to the digits that its error leaves it, 12.35 ± 0.12; to four where none is known."""
+    if not error or not math.isfinite(value) or not math.isfinite(error):
+        return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:,.{digits}f} ± {error:,.{digits}f}"
+
+
+def signed(difference: float, error: float) -> str:
+    return ("" if difference < 0 else "+") + measured(difference, error)
+
+
+def _title(row: Row) -> str:
+    title = f"{row.one.title or row.name} {ARROWS[row.one.better]}"
+    return "\n".join([title, *([row.name] if row.one.title else []), row.one.protocol])
+
+
+def _cells(row: Row) -> list[str]:
+    first, cells = None, []
+    for figure in row.figures:
+        cells.append(measured(figure.value, figure.error) if figure else "-")
+        if first and figure:
+            cells[-1] += f"\n{verdict(first, figure)}"
+        first = first or figure
+    return cells
+
+
+def _flags(flags: Sequence[str]) -> str:
+    count = f"{len(flags)} flag{'s' * (len(flags) > 1)}" if flags else "none"
+    return "\n".join([count, *(f"• {flag}" for flag in flags)])
+
+
+def _about(judged: dict[str, Evaluation]) -> list[str]:
+    """What was judged and against what, of each column."""
+    cells = ["judged, against"]
+    for evaluation in judged.values():
+        subject, reference = evaluation.subject, evaluation.reference
+        cells.append(
+            f"{subject.images:,} {subject.kind}\n{subject.source}\nagainst {reference.images:,} of {reference.source}"
+            f" ({(reference.identity or 'unknown')[:12]})"
+        )
+    return cells

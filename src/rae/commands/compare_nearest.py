@@ -1,0 +1,229 @@
+"""Samples beside their nearest training images, and whether they lie nearer than new real images do.
+
+training, held-out images, samples --extractor--> features --nearest--> distances --memorisation--> figures, sheets
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from rae.commands.compare_figures import DIFFERENT, measured
+from rae.commands.compare_pictures import SHOWN, shown_width
+from rae.commands.compare_read import Compared, Pictures
+from rae.commands.feature_folder import read_features, write_features
+from rae.config import parse
+from rae.data.image_set import Images
+from rae.data.images import DataConfig, Views, open_images, open_split
+from rae.evaluation.features import open_extractor
+from rae.evaluation.nearest import Memorisation, memorisation, nearest
+from rae.evaluation.report import Piece, ReportError, curves, heading, note, paragraph, sheet, table
+from rae.processes import process_state
+from rae.training.display import progress
+
+_BLOCK = 4096  # training images compared at a time
+_POINTS = 200  # of a line
+UNLIKELY = 0.01  # chance below which a share is called too large
+
+Picture = Callable[[int], np.ndarray]  # number of an image -> uint8 [h, w, 3]
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """What samples are compared with.
+
+    Attributes:
+        training: the images that the models were trained on; or a run, for those of its recipe.
+        held_out: real images that they were not; None = the held-out ones of that run.
+        features: the name of an extractor.
+        input_size: pixels per side that it sees; None = its own.
+        batch: images at a time.
+    """
+
+    training: DataConfig
+    held_out: DataConfig | None
+    features: str
+    input_size: int | None
+    batch: int
+
+
+@dataclass(frozen=True)
+class Known:
+    """A set of images as the comparison sees it: features [N,d], and a picture of each."""
+
+    features: Tensor
+    picture: Picture
+
+
+def nearest_images(compared: Sequence[Compared], near: Nearest, folder: Path) -> list[Piece]:
+    """The section of all folders of samples. Features are kept in `folder`, where a second call finds them.
+
+    Raises:
+        ReportError: no samples, or of several sizes; or training and held-out images are the same, or not given.
+    """
+    samples = {each.name: each.samples for each in compared if each.samples and each.samples.files}
+    if not samples:
+        raise ReportError("--nearest looks for the neighbours of samples, and no folder given holds any PNGs of them.")
+    sizes = {tuple(pictures.protocol["size"]) for pictures in samples.values()}
+    if len(sizes) > 1:
+        told = ", ".join(f"{height} x {width}" for height, width in sorted(sizes))
+        raise ReportError(f"--nearest: samples of one size are compared, these have {told}; give those of one size.")
+    (size,) = sizes
+    training, held_out, data = _open(near)
+    if training.identity == held_out.identity:
+        raise ReportError(
+            "--nearest and --held-out are the same images; what is compared with must not have been trained on."
+        )
+    extractor = open_extractor(near.features, input_size=near.input_size).to(process_state().device)
+
+    def look_at(images: Images, how: DataConfig, what: str, also: str = "") -> Known:
+        settings = [images.identity, list(size), extractor.identity, also]
+        place = folder / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+        named = {near.features: extractor}
+        write_features(images, size, named, place, data=how, batch=near.batch, crop=True, what=what)
+        found, read = read_features(place, near.features)
+        views = Views(images, how, size)
+        return Known(found.rows["features"], lambda i: views[read[i]]["image"].permute(1, 2, 0).numpy())
+
+    known = look_at(training, data[0], "training images"), look_at(held_out, data[1], "held-out images")
+    own = {name: _look_at_samples(pictures, data[0], look_at) for name, pictures in samples.items()}
+    protocol = (
+        f"{len(known[0].features):,} training and {len(known[1].features):,} held-out images, {size[0]} x {size[1]} "
+        f"pixels, features of {near.features} ({extractor.identity[:12]})"
+    )
+    return remembered(own, known[1], known[0], protocol)
+
+
+def _open(near: Nearest) -> tuple[Images, Images, tuple[DataConfig, DataConfig]]:
+    """Training and held-out images, and how they are read."""
+    recipe, given = Path(near.training.source).expanduser() / "recipe.yaml", near.held_out
+    if recipe.is_file():
+        of_run = parse(DataConfig, yaml.safe_load(recipe.read_bytes())["data"], str(recipe))
+        reading = {"workers": near.training.workers, "enlarge": of_run.enlarge or near.training.enlarge}
+        data = of_run.model_copy(update=reading)
+        training, held_out = open_split(data)
+        source = data.model_copy(update={"source": data.held_out}) if isinstance(data.held_out, str) else data
+    else:
+        data, held_out, source = near.training, None, None
+        training = open_images(data.source, data.image, data.label)
+    if given is not None:
+        held_out, source = open_images(given.source, given.image, given.label), given
+    if held_out is None:
+        raise ReportError(
+            f"{near.training.source} has no held-out images: say with --held-out which real images the models were not "
+            "trained on. Their distances are what those of samples are compared with."
+        )
+    return training, held_out, (data, source)
+
+
+def _look_at_samples(pictures: Pictures, data: DataConfig, look_at: Callable) -> Known:
+    how = data.model_copy(update={"source": str(pictures.folder), "image": None, "label": "", "held_out": 0.0})
+    made = {key: value for key, value in pictures.protocol.items() if key != "jobs"}
+    images = open_images(how.source, how.image, how.label)
+    return look_at(images, how, f"samples of {pictures.folder.name}", json.dumps(made, sort_keys=True))
+
+
+def remembered(samples: Mapping[str, Known], held_out: Known, training: Known, protocol: str) -> list[Piece]:
+    """Figures, distances, and sheets of the images that lie nearest to training images.
+
+    Args:
+        samples: by name.
+        held_out: real images that were not trained on.
+        training: those that were.
+        protocol: of how many images and by which features.
+    """
+    sets = {**samples, "held-out real images": held_out}
+    features = torch.cat([known.features for known in sets.values()]).to(process_state().device)
+    found = [x[:, 0].cpu() for x in nearest(features, _blocks(training.features))]
+    distances, neighbours = (dict(zip(sets, x.split([len(known.features) for known in sets.values()]))) for x in found)
+    real = distances["held-out real images"]
+    figures = {name: memorisation(distances[name], real) for name in samples}
+    pieces = [
+        paragraph(
+            "The distance of each sample to its nearest training image, compared with those of real images that were "
+            "not trained on. Plain images lie nearer than rich ones, whoever made them: copies show in the second "
+            f"figure, and in the pictures below. {protocol}."
+        ),
+        _table(figures, distances),
+        *(paragraph(_verdict(name, figure)) for name, figure in figures.items()),
+    ]
+    if (real == 0).any():
+        pieces.append(
+            note(
+                f"{int((real == 0).sum())} of the held-out images have the very features of a training image: they are "
+                "not new, and hide what they should show. Take them out."
+            )
+        )
+    pieces.append(
+        curves(
+            {name: _distribution(d) for name, d in distances.items()},
+            "distance to the nearest training image",
+            "distance",
+            "share of images",
+        )
+    )
+    for name, known in sets.items():
+        pieces.append(heading(f"Nearest to training images: {name}"))
+        pieces.append(_sheet(name, known, training, distances[name], neighbours[name]))
+    return pieces
+
+
+def _blocks(features: Tensor) -> Iterator[Tensor]:
+    with progress("nearest", len(features)) as advance:
+        for number, block in enumerate(features.split(_BLOCK), start=1):
+            yield block
+            advance(min(number * _BLOCK, len(features)), "")
+
+
+def _table(figures: Mapping[str, Memorisation], distances: Mapping[str, Tensor]) -> Piece:
+    rows = [["samples", *(f"{len(distances[name]):,}" for name in figures)]]
+    medians = [f"{distances[name].median():.4g}" for name in figures]
+    rows.append([f"median distance\nheld-out: {distances['held-out real images'].median():.4g}", *medians])
+    rows.append(
+        ["nearer than a new real image\nAUC; 0.5 = no difference", *(measured(*f.auc) for f in figures.values())]
+    )
+    first = next(iter(figures.values()))
+    if first.share:
+        title = f"nearer than {first.near:.4g}\n{first.expected:.2%} expected, as of new real images"
+        rows.append([title, *(_share(figure) for figure in figures.values())])
+    return table(["figure", *figures], rows)
+
+
+def _share(figure: Memorisation) -> str:
+    value, error = figure.share
+    return f"{value:.2%} ± {error:.2%}\nchance of as many: {figure.chance:.2g}"
+
+
+def _verdict(name: str, figure: Memorisation) -> str:
+    value, error = figure.auc
+    if abs(value - 0.5) <= DIFFERENT * error:
+        auc = "its samples lie as near to training images as new real images do"
+    elif value > 0.5:
+        auc = "its samples lie nearer to training images than new real images do"
+    else:
+        auc = "its samples lie farther from training images than new real images do"
+    if figure.share is None:
+        return f"{name}: {auc}. Whether a few are copies, 99 held-out images and more would tell."
+    if figure.chance < UNLIKELY:
+        return f"{name}: {auc}, and too many lie very near: look below whether they are copies."
+    return f"{name}: {auc}; no more lie very near than chance would have it."
+
+
+def _distribution(distances: Tensor) -> tuple[list[float], list[float]]:
+    shares = torch.linspace(0, 1, min(_POINTS, len(distances)), dtype=torch.float64)
+    return torch.quantile(distances, shares).tolist(), shares.tolist()
+
+
+def _sheet(name: str, known: Known, training: Known, distances: Tensor, neighbours: Tensor) -> Piece:
+    chosen = distances.argsort(stable=True)[:SHOWN].tolist()
+    rows = [np.stack([known.picture(i) for i in chosen])]
+    rows.append(np.stack([training.picture(i) for i in neighbours[chosen].tolist()]))
+    under = [[f"{distances[i]:.4g}" for i in chosen], []]
+    caption = "Those that lie nearest, the nearest first, with the distance; below each its nearest training image."
+    return sheet(rows, caption, names=["image", "training"], under=under, size=shown_width(rows[0].shape[2]))
