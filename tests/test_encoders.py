@@ -13,7 +13,15 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 
-from rae.autoencoder.encoders import ENCODERS, Encoder, describe_encoder, load_encoder, open_encoder
+from rae.autoencoder.encoders import (
+    ENCODERS,
+    Encoder,
+    describe_encoder,
+    load_encoder,
+    load_network,
+    open_encoder,
+    run_network,
+)
 from rae.autoencoder.families import FAMILIES
 from rae.config import ConfigError
 from rae.sources import SourceError, weights_sha256
@@ -90,6 +98,28 @@ def test_tokens_equal_the_network_of_transformers(dinov2):
         hidden = network((x - 0.5) / 0.5).last_hidden_state
     expected = F.layer_norm(hidden[:, 1:], (16,), eps=network.config.layer_norm_eps)
     assert torch.equal(load_encoder(dinov2, image_size=32)(x), expected)
+
+
+def test_the_network_by_itself_keeps_its_final_norm(dinov2, tmp_path):
+    encoder = load_encoder(dinov2, image_size=32)
+    network, x = load_network(encoder.config, affine=True).eval(), encoder.preprocess(images(32, 32))
+    with torch.no_grad():
+        hidden = run_network(network, encoder.config, x).last_hidden_state
+    norm = network.layernorm
+    torch.testing.assert_close(hidden[:, 1:], encoder.features(x) * norm.weight + norm.bias, rtol=1e-5, atol=1e-5)
+    encoder.save_pretrained(tmp_path / "kept")
+    assert isinstance(load_network(encoder.config, tmp_path / "kept", affine=False), torch.nn.Module)
+    with pytest.raises(SourceError, match="kept is without the affine parameters of its final LayerNorm"):
+        load_network(encoder.config, tmp_path / "kept", affine=True)
+
+
+def test_files_may_lie_elsewhere_than_the_name_says(dinov2, monkeypatch):
+    row = ENCODERS["dinov2-small"]._replace(width=16, depth=2, heads=2, patch_size=8, source="hub:nobody/nothing")
+    monkeypatch.setitem(ENCODERS, "tiny", row)
+    config = describe_encoder("tiny", image_size=32, folder=dinov2)
+    assert (config.name, config.source, config.mean) == ("tiny", f"folder:{dinov2}", row.normalisation[0])
+    with pytest.raises(SourceError, match="is not dinov2-base: width is 16, not 768"):
+        describe_encoder("dinov2-base", image_size=32, input_size=28, folder=dinov2)
 
 
 def test_resize_is_plain_bicubic_and_only_on_request(dinov2):

