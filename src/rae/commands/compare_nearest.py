@@ -190,7 +190,7 @@ def _table(figures: Mapping[str, Memorisation], distances: Mapping[str, Tensor])
     )
     first = next(iter(figures.values()))
     if first.share:
-        title = f"nearer than {first.near:.4g}\n{first.expected:.2%} expected, as of new real images"
+        title = f"very near: below {first.near:.4g}\n{first.expected:.2%} expected, as of new real images"
         rows.append([title, *(_share(figure) for figure in figures.values())])
     return table(["figure", *figures], rows)
 
