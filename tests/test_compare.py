@@ -496,9 +496,9 @@ def test_samples_that_were_packed_have_figures_and_no_pictures(tmp_path):
 @pytest.fixture
 def remembering(tmp_path) -> tuple[Path, Path, Path]:
     """Samples of which the third is a training image; the training images; held-out ones."""
-    for name, count in (("training", 30), ("held_out", 110)):
-        for i in range(count):
-            save(noise(16, 16, 3, seed=len(name) * 1000 + i), tmp_path / f"{name}/{i:03d}.png")
+    for name, seeds in (("training", range(8000, 8030)), ("held_out", range(9000, 9110))):
+        for i, seed in enumerate(seeds):
+            save(noise(16, 16, 3, seed=seed), tmp_path / f"{name}/{i:03d}.png")
     pictures = noise(6, 16, 16, 3)
     pictures[2] = noise(16, 16, 3, seed=8017)
     return make_samples(tmp_path / "samples", pictures), tmp_path / "training", tmp_path / "held_out"
