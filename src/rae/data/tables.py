@@ -9,7 +9,7 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,13 @@ import numpy as np
 
 from rae.data.image_set import ImageError, Images, digest, read_image
 
-HUB = re.compile(r"hf:(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[^:@]+))?(@(?P<split>[^@]+))?")
+HUB = re.compile(r"hf(-stream)?:(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[^:@]+))?(@(?P<split>[^@]+))?")
 LABEL = "label"  # what a column of classes that does not say so by its type is mostly called
 ROOM = "Rows are copied into the cache of datasets: HF_DATASETS_CACHE names a place with room for them."
+REACH = (
+    "Check owner, name, configuration and split; `hf auth login` opens those behind a licence; HF_ENDPOINT names a "
+    "mirror that can be reached, HF_HOME a cache that has it."
+)
 SAMPLED = 64  # rows whose content the identity covers; of the others it knows the size
 
 
@@ -30,33 +34,33 @@ def is_saved_dataset(source: str) -> bool:
 
 def open_saved(folder: str, image: str | None, label: str | None) -> Images:
     """A folder of `Dataset.save_to_disk`; `image` and `label` as in `open_images`."""
-    datasets = _import_datasets(folder)
+    datasets = import_datasets(folder)
     if os.path.isfile(f"{folder}/dataset_dict.json"):
         parts = sorted(path.name for path in Path(folder).iterdir() if is_saved_dataset(str(path)))
         raise ImageError(f"{folder} holds {len(parts)} parts ({', '.join(parts)}): write which, {folder}/{parts[0]}.")
-    table = _attempt(folder, "Save it again, or copy it whole.", datasets.load_from_disk, folder)
+    table = attempt(folder, "Save it again, or copy it whole.", datasets.load_from_disk, folder)
     return _images(table, [f"{folder} row {row}" for row in range(len(table))], folder, image, label)
 
 
 def open_tables(files: Sequence[Path], image: str | None, label: str | None) -> Images:
     """Parquet or Arrow files, one after the other; `image` and `label` as in `open_images`."""
     where = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-    datasets = _import_datasets(where)
+    datasets = import_datasets(where)
     remedy = "Copy it again, whole."
     if files[0].suffix == ".arrow":
-        parts = [_attempt(file, remedy, datasets.Dataset.from_file, str(file)) for file in files]
+        parts = [attempt(file, remedy, datasets.Dataset.from_file, str(file)) for file in files]
         shapes = [(len(part), part.features) for part in parts]
         load = functools.partial(datasets.concatenate_datasets, parts)
     else:
-        shapes = [_attempt(file, remedy, _parquet_shape, file) for file in files]
+        shapes = [attempt(file, remedy, _parquet_shape, file) for file in files]
         names = [glob.escape(os.path.abspath(file)) for file in files]
         load = functools.partial(datasets.load_dataset, "parquet", data_files=names, split="train")
     for file, (_, features) in zip(files, shapes):
-        _check_same_columns(files[0], shapes[0][1], file, features)
+        check_same_columns(files[0], shapes[0][1], file, features)
     rows = [f"{file} row {row}" for file, (count, _) in zip(files, shapes) for row in range(count)]
     if not rows:
         raise ImageError(f"{where} has no rows.")
-    table = _attempt(where, f"{remedy} {ROOM}", load)
+    table = attempt(where, f"{remedy} {ROOM}", load)
     return _images(table, rows, where, image, label)
 
 
@@ -68,88 +72,112 @@ def open_hub(source: str, image: str | None, label: str | None) -> Images:
             part (`@train[:1000]`) or a sum (`@train+test`).
         image, label: as in `open_images`.
     """
-    named = HUB.fullmatch(source)
+    name, config, split = named_on_hub(source)
+    datasets = import_datasets(source)
+    remedy = f"{REACH} {ROOM} Or save_to_disk(folder) it elsewhere, and give that folder."
+    table = attempt(source, remedy, datasets.load_dataset, name, config, split=split)
+    return _images(table, [f"{source} row {row}" for row in range(len(table))], source, image, label)
+
+
+def named_on_hub(source: str) -> tuple[str, str | None, str]:
+    """(owner/name, configuration, split) of "hf:..." or "hf-stream:..."."""
+    named, kind = HUB.fullmatch(source), source.partition(":")[0]
     if not named:
         raise ImageError(
-            f"{source} names no data set of the hub: write hf:owner/name, and where it has several of them the "
-            "configuration and the split: hf:owner/name:config@split."
+            f"{source} names no data set of the hub: write {kind}:owner/name, and where it has several of them the "
+            f"configuration and the split: {kind}:owner/name:config@split."
         )
     if os.path.exists(named["id"]):  # which `datasets` would read in place of the hub's
         raise ImageError(
             f"{source} means a data set of the hub, and there is {named['id']} here: write ./{named['id']}."
         )
-    datasets = _import_datasets(source)
-    remedy = (
-        "Check owner, name, configuration and split; `hf auth login` opens those behind a licence; HF_ENDPOINT names a "
-        f"mirror that can be reached, HF_HOME a cache that has it. {ROOM} Or save_to_disk(folder) it elsewhere, and "
-        "give that folder."
-    )
-    split = named["split"] or "train"
-    table = _attempt(source, remedy, datasets.load_dataset, named["id"], named["config"], split=split)
-    return _images(table, [f"{source} row {row}" for row in range(len(table))], source, image, label)
+    return named["id"], named["config"], named["split"] or "train"
 
 
 def _images(table: Any, names: list[str], where: str, image: str | None, label: str | None) -> Images:
     if not len(table):
         raise ImageError(f"{where} has no rows.")
-    pixels = _image_column(table, where, image)
-    labels, class_names = _classes(table, names, where, label)
+    pixels = _undecoded(table, image_column(table.features, where, image))
+    labels, class_names = [0] * len(table), None
+    if column := label_column(table.features, where, label):
+        values = table.select_columns([column]).with_format("arrow")[:].column(0).to_pylist()
+        labels, class_names = classes(values, table.features[column], names, where, column)
     sizes = [size if size is not None else _outside(pixels[i]) for i, size in enumerate(_sizes(pixels))]
     sampled = [_content(pixels[i]) for i in range(0, len(pixels), -(-len(pixels) // SAMPLED))]
     rows = [f"{size} {number}" for size, number in zip(sizes, labels)]
     identity = digest([*rows, *sampled, *(class_names or [])])
-    return Images(names, labels, class_names, identity, functools.partial(_read, pixels, names))
+    return Images(names, labels, class_names, identity, functools.partial(read_row, pixels, names))
+
+
+def _undecoded(table: Any, column: str) -> Any:
+    """The table with the column of images alone, as what is in the files."""
+    import datasets
+
+    is_image = isinstance(table.features[column], datasets.Image)
+    table = table.select_columns([column])
+    return table.cast_column(column, datasets.Image(decode=False)) if is_image else table
 
 
 # --- columns ---------------------------------------------------------------------------------------------------------
 
 
-def _image_column(table: Any, where: str, name: str | None) -> Any:
-    """The table with the column of images alone, as what is in the files and not yet decoded."""
+def image_column(features: Mapping[str, Any], where: str, name: str | None) -> str:
+    """Which column holds the images: the one that is named, or the only one of type Image."""
     import datasets
 
     if name is None:
-        found = [column for column, kind in table.features.items() if isinstance(kind, datasets.Image)]
+        found = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
         if len(found) != 1:
             raise ImageError(
                 f"{where} has {len(found)} columns of type Image{_listed(found)}, of the columns "
-                f"{', '.join(table.column_names)}: name the one with data.image."
+                f"{', '.join(features)}: name the one with data.image."
             )
-        (name,) = found
-    kind = _feature(table, where, "image", name)
-    table = table.select_columns([name])
-    if isinstance(kind, datasets.Image):
-        return table.cast_column(name, datasets.Image(decode=False))
+        return found[0]
+    kind = _feature(features, where, "image", name)
     holder = kind.get("bytes") if isinstance(kind, dict) else kind
-    if getattr(holder, "dtype", None) not in ("binary", "large_binary"):
+    if not isinstance(kind, datasets.Image) and getattr(holder, "dtype", None) not in ("binary", "large_binary"):
         raise ImageError(
             f"data.image={name}: this column of {where} is {kind}; images are of type Image, or the bytes of files "
             "(binary, or a struct with bytes)."
         )
-    return table
+    return name
 
 
-def _classes(table: Any, names: list[str], where: str, name: str | None) -> tuple[list[int], list[str] | None]:
-    """Labels of all rows and the classes' names."""
+def label_column(features: Mapping[str, Any], where: str, name: str | None) -> str | None:
+    """Which column holds the classes; None = they are to be left alone, or there are none."""
     import datasets
 
-    none = [0] * len(table), None
     if name == "":
-        return none
+        return None
     if name is None:
-        found = [column for column, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)]
+        found = [column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
         if len(found) > 1:
             raise ImageError(
                 f"{where} has {len(found)} columns of classes{_listed(found)}: name one with data.label, or "
                 "leave classes alone with data.label= and nothing behind it."
             )
-        if not found and LABEL not in table.column_names:
-            return none
+        if not found and LABEL not in features:
+            return None
         name = found[0] if found else LABEL
-    kind = _feature(table, where, "label", name)
-    values = table.select_columns([name]).with_format("arrow")[:].column(0).to_pylist()
+    _feature(features, where, "label", name)
+    return name
+
+
+def classes(
+    values: list[Any], kind: Any, names: Sequence[str], where: str, column: str
+) -> tuple[list[int], list[str] | None]:
+    """What is in a column of classes -> labels of all rows and the classes' names.
+
+    Args:
+        values: of the rows.
+        kind: the column's type.
+        names: what to call the rows in an error.
+        where, column: what to call table and column.
+    """
+    import datasets
+
     if isinstance(kind, datasets.ClassLabel) and set(values) == {-1}:
-        return none  # how the hub marks a test set whose classes are kept secret
+        return [0] * len(values), None  # how the hub marks a test set whose classes are kept secret
     dtype = getattr(kind, "dtype", "")
     if dtype in ("string", "large_string") and None not in values:
         class_names = sorted(set(values))
@@ -157,7 +185,7 @@ def _classes(table: Any, names: list[str], where: str, name: str | None) -> tupl
         return [numbers[value] for value in values], class_names
     if not isinstance(dtype, str) or not re.fullmatch(r"u?int\d+|(large_)?string", dtype):
         raise ImageError(
-            f"{where}: the column {name} is {kind}; classes are of type ClassLabel, whole numbers or strings. Name "
+            f"{where}: the column {column} is {kind}; classes are of type ClassLabel, whole numbers or strings. Name "
             "another with data.label, or leave classes alone with data.label= and nothing behind it."
         )
     class_names = kind.names if isinstance(kind, datasets.ClassLabel) else None
@@ -165,7 +193,7 @@ def _classes(table: Any, names: list[str], where: str, name: str | None) -> tupl
     for row, value in zip(names, values):
         if value is None or not 0 <= value < most:
             raise ImageError(
-                f"{row}: the label in {name} is {value}, of classes from 0"
+                f"{row}: the label in {column} is {value}, of classes from 0"
                 + f" to {most - 1}" * bool(class_names)
                 + ". "
                 "Correct it, or leave classes alone with data.label= and nothing behind it."
@@ -173,10 +201,10 @@ def _classes(table: Any, names: list[str], where: str, name: str | None) -> tupl
     return values, class_names or [str(number) for number in range(max(values) + 1)]
 
 
-def _feature(table: Any, where: str, key: str, name: str) -> Any:
-    if name not in table.column_names:
-        raise ImageError(f"data.{key}={name}: {where} has no such column; it has {', '.join(table.column_names)}.")
-    return table.features[name]
+def _feature(features: Mapping[str, Any], where: str, key: str, name: str) -> Any:
+    if name not in features:
+        raise ImageError(f"data.{key}={name}: {where} has no such column; it has {', '.join(features)}.")
+    return features[name]
 
 
 def _listed(found: Sequence[str]) -> str:
@@ -186,7 +214,8 @@ def _listed(found: Sequence[str]) -> str:
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-def _read(pixels: Any, names: list[str], index: int) -> np.ndarray:
+def read_row(pixels: Any, names: Sequence[str], index: int) -> np.ndarray:
+    """The image of a row; `pixels[index]` is {column: what the column has of it}."""
     data, path = _parts(pixels[index])
     if data is None and not path:
         raise ImageError(f"{names[index]}: there is no image. Take the row out, or set data.on_broken: skip.")
@@ -228,7 +257,7 @@ def _content(row: dict[str, Any]) -> str:
 # --- datasets --------------------------------------------------------------------------------------------------------
 
 
-def _import_datasets(where: str) -> Any:
+def import_datasets(where: str) -> Any:
     try:
         import datasets
     except ImportError as error:
@@ -245,7 +274,8 @@ def _parquet_shape(file: Path) -> tuple[int, dict[str, Any]]:
         return opened.metadata.num_rows, datasets.Features.from_arrow_schema(opened.schema_arrow)
 
 
-def _check_same_columns(first: Path, wanted: dict[str, Any], file: Path, features: dict[str, Any]) -> None:
+def check_same_columns(first: Path | str, wanted: dict[str, Any], file: Path | str, features: dict[str, Any]) -> None:
+    """Raise ImageError unless two files have the same columns of the same types."""
     # `datasets` fills missing columns with nothing, and reads one file's class numbers by another's names.
     for name in {**wanted, **features}:
         if wanted.get(name) != features.get(name):
@@ -255,7 +285,8 @@ def _check_same_columns(first: Path, wanted: dict[str, Any], file: Path, feature
             )
 
 
-def _attempt(where: str | Path, remedy: str, load: Callable, *arguments, **options) -> Any:
+def attempt(where: str | Path, remedy: str, load: Callable, *arguments: Any, **options: Any) -> Any:
+    """What `load` gives; whatever it raises becomes an ImageError that names `where`, the reason and the remedy."""
     try:
         return load(*arguments, **options)
     except Exception as error:  # Arrow's errors, the hub's and its HTTP client's have no common base
