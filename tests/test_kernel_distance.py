@@ -1,0 +1,139 @@
+"""The kernel distance: from sums over pairs one by one, against moments in closed form, its error against fresh
+samples."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from devices import Float32Device
+
+from rae.evaluation.kernel_distance import kernel_distance, subset_distance
+from rae.evaluation.uncertainty import random_subset
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def one_by_one(x: torch.Tensor, y: torch.Tensor) -> float:
+    """The definition, as loops."""
+
+    def k(a, b):
+        return (float(a @ b) / x.shape[1] + 1) ** 3
+
+    x, y = x.double(), y.double()
+    n, m = len(x), len(y)
+    within = [sum(k(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j) for s in (x, y)]
+    across = sum(k(a, b) for a in x for b in y)
+    return within[0] / (n * (n - 1)) + within[1] / (m * (m - 1)) - 2 * across / (n * m)
+
+
+def as_published(x: torch.Tensor, y: torch.Tensor) -> float:
+    """From kernel matrices, as the authors, torch-fidelity and torchmetrics have it."""
+    x, y, d = x.double(), y.double(), x.shape[1]
+    xx, yy, xy = (x @ x.T / d + 1) ** 3, (y @ y.T / d + 1) ** 3, (x @ y.T / d + 1) ** 3
+    m = len(x)
+    return ((xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (m * (m - 1)) - 2 * xy.sum() / m**2).item()
+
+
+def test_sums_over_pairs(generator):
+    x, y = torch.randn(7, 5, generator=generator), torch.randn(9, 5, generator=generator) + 0.5
+    assert kernel_distance(x, y).value == pytest.approx(one_by_one(x, y), rel=1e-12)
+
+
+def test_many_blocks(generator):
+    x, y = (torch.rand(2100, 3, generator=generator) + shift for shift in (0, 0.1))
+    found = kernel_distance(x, y)
+    assert found.value == pytest.approx(as_published(x, y), rel=1e-9)
+    assert kernel_distance(y.flip(0), x.flip(0)) == pytest.approx(found, rel=1e-9)
+
+
+def test_it_is_a_distance_of_moments_without_bias(generator):
+    """In one dimension (x y + 1)^3 = 1 + 3 x y + 3 x^2 y^2 + x^3 y^3: normal numbers of other mean and deviation."""
+    (a, s), (b, t) = (0.3, 1.0), (0.0, 1.2)
+    moments = [(mu, mu**2 + sd**2, mu**3 + 3 * mu * sd**2) for mu, sd in ((a, s), (b, t))]
+    expected = sum(w * (p - q) ** 2 for w, p, q in zip((3, 3, 1), *moments))
+    draws = [
+        kernel_distance(
+            a + s * torch.randn(12, 1, generator=generator), b + t * torch.randn(8, 1, generator=generator)
+        ).value
+        for _ in range(1500)
+    ]
+    assert np.mean(draws) == pytest.approx(expected, abs=3 * np.std(draws) / math.sqrt(len(draws)))
+
+
+def test_equal_distributions_have_none(generator):
+    found = [kernel_distance(*torch.randn(2, 100, 8, generator=generator)) for _ in range(100)]
+    ratios = [value / error for value, error in found]
+    assert abs(np.mean(ratios)) < 0.3
+    assert np.mean([abs(ratio) < 2 for ratio in ratios]) > 0.93  # cautious there: more than 95 % are expected
+    assert any(value < 0 for value, _ in found)  # nothing is clipped
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_error_is_a_jackknife_over_both_sets(generator):
+    x, y = torch.randn(9, 3, generator=generator), torch.randn(7, 3, generator=generator) + 1
+    parts = []
+    for left_out, n in (("x", 9), ("y", 7)):
+        keep = [[j for j in range(n) if j != i] for i in range(n)]
+        without = [one_by_one(x[rows], y) if left_out == "x" else one_by_one(x, y[rows]) for rows in keep]
+        parts.append((n - 1) ** 2 / n * np.var(without, ddof=1))
+    assert kernel_distance(x, y).error == pytest.approx(math.sqrt(sum(parts)), rel=1e-9)
+
+
+def test_error_is_the_scatter_of_fresh_sets(generator):
+    found = [
+        kernel_distance(1.2 * torch.randn(100, 6, generator=generator), torch.randn(150, 6, generator=generator))
+        for _ in range(100)
+    ]
+    scatter = np.std([value for value, _ in found], ddof=1)
+    assert np.mean([error for _, error in found]) == pytest.approx(scatter, rel=0.25)
+
+
+# --- subsets ---------------------------------------------------------------------------------------------------------
+
+
+def test_subsets_as_published(generator):
+    x, y = torch.rand(40, 5, generator=generator), torch.rand(30, 5, generator=generator)
+    found = subset_distance(x, y, subsets=6, size=20, seed=3)
+    expected = [
+        as_published(x[random_subset(40, 20, 2 * i, seed=3)], y[random_subset(30, 20, 2 * i + 1, seed=3)])
+        for i in range(6)
+    ]
+    assert found.mean == pytest.approx(np.mean(expected), rel=1e-9)
+    assert found.std == pytest.approx(np.std(expected), rel=1e-9)
+
+
+def test_the_mean_over_subsets_tends_to_the_whole(generator):
+    x, y = torch.randn(60, 5, generator=generator), torch.randn(80, 5, generator=generator) * 1.3
+    found = subset_distance(x, y, subsets=600, size=20)
+    assert found.mean == pytest.approx(kernel_distance(x, y).value, abs=3 * found.std / math.sqrt(600))
+    everything = subset_distance(x, y[:60], subsets=3, size=60)
+    assert everything.mean == pytest.approx(kernel_distance(x, y[:60]).value, rel=1e-9)
+    assert everything.std == pytest.approx(0, abs=1e-12)
+
+
+def test_what_cannot_be_compared_is_refused(generator):
+    x = torch.randn(5, 4, generator=generator)
+    with pytest.raises(ValueError, match="reference: 2 images are too few for an estimate with an error"):
+        kernel_distance(x, x[:2])
+    with pytest.raises(ValueError, match=r"features of 4 \(samples\), 3 \(reference\) dimensions"):
+        kernel_distance(x, x[:, :3])
+    with pytest.raises(ValueError, match="samples: features of 5 of 5 images are not finite"):
+        kernel_distance(x * float("nan"), x)
+    with pytest.raises(ValueError, match="samples: 5 images are too few for subsets of 1000; give at least 1000"):
+        subset_distance(x, x)
+    with pytest.raises(ValueError, match="at least 1 subset of at least 2 images is needed, got 0 of 3"):
+        subset_distance(x, x, subsets=0, size=3)
+
+
+def test_a_device_needs_no_float64(generator):
+    x, y = torch.randn(2, 20, 4, generator=generator)
+    expected, in_subsets = kernel_distance(x, y), subset_distance(x, y, subsets=2, size=10)
+    with Float32Device():
+        assert kernel_distance(x.to("lazy"), y.to("lazy")) == expected
+        assert subset_distance(x.to("lazy"), y, subsets=2, size=10) == in_subsets
