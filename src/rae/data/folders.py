@@ -21,7 +21,8 @@ OTHER_SUFFIXES = (
     *(".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".psd", ".svg"),
     *(".arw", ".cr2", ".cr3", ".dng", ".nef"),  # of cameras
 )
-DATA_SUFFIXES = (".parquet", ".arrow", ".tar")  # files that hold many images
+FOLDER_SUFFIXES = (".parquet", ".arrow", ".tar")  # files that hold many images
+DATA_SUFFIXES = (*FOLDER_SUFFIXES, ".npz")  # which must be named: in a folder of images it may hold anything of them
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 # Colour photographs that lie inside the scikit-image package itself; the others would be downloaded.
 PHOTOGRAPHS = (
@@ -40,11 +41,12 @@ PHOTOGRAPHS = (
 
 
 def find_data_files(source: str) -> list[Path]:
-    """The Parquet, Arrow or tar files that `source` means, in their order; none where it means something else.
+    """The Parquet, Arrow, tar or .npz files that `source` means, in their order; none where it means something else.
 
     Args:
-        source: a file; a folder of them; names with `{000..009}` or `{a,b}`, each of which must be there; or a pattern
-            with `*`, `?` or `[...]`. What exists by its very name is that, whatever characters are in it.
+        source: a file; a folder of them, though not of .npz; names with `{000..009}` or `{a,b}`, each of which must be
+            there; or a pattern with `*`, `?` or `[...]`. What exists by its very name is that, whatever characters are
+            in it.
 
     Raises:
         ImageError: files of several kinds or parts, some that are missing, images beside them, compressed tar files.
@@ -67,7 +69,7 @@ def find_data_files(source: str) -> list[Path]:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    files = sorted(f for f in folder.iterdir() if f.suffix in DATA_SUFFIXES and f.name[0] != "." and f.is_file())
+    files = sorted(f for f in folder.iterdir() if f.suffix in FOLDER_SUFFIXES and f.name[0] != "." and f.is_file())
     if not files:
         return []
     flat, folders = _contents(folder)
@@ -129,7 +131,7 @@ def open_folder(root: Path) -> Images:
     if root.is_file():
         raise ImageError(f"{root} is a file of a kind that is not read ({', '.join((*SUFFIXES, *DATA_SUFFIXES))}).")
     if not root.is_dir():
-        known = "a folder, .parquet, .arrow or .tar files, hf:owner/name, digits or photographs"
+        known = "a folder, .parquet, .arrow, .tar or .npz files, hf:owner/name, digits or photographs"
         raise ImageError(f"{root}: no such folder of images. A source is {known}.")
     flat, folders = _contents(root)
     other = sorted(name for name in os.listdir(root) if _is_image(root / name, OTHER_SUFFIXES))
@@ -152,8 +154,9 @@ def open_folder(root: Path) -> Images:
         )
     if not flat and not classes:
         unread = f"; {_counted(other)} are there: convert them" if other else ""
-        kinds = f"({', '.join(SUFFIXES)}), and no {', '.join(DATA_SUFFIXES)} files"
-        raise ImageError(f"{root} holds no images {kinds}{unread}.")
+        kinds = f"({', '.join(SUFFIXES)}), and no {', '.join(FOLDER_SUFFIXES)} files"
+        batches = f" Its .npz files must be named: {root}/*.npz." if any(root.glob("*.npz")) else ""
+        raise ImageError(f"{root} holds no images {kinds}{unread}.{batches}")
     if other:
         warnings.warn(
             f"{root}: images of kinds that are not read are passed over: {_counted(other)} ({root / other[0]}, for "

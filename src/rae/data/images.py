@@ -19,19 +19,21 @@ from rae.data.class_names import name_classes
 from rae.data.crops import center_crop, random_crop
 from rae.data.folders import find_data_files, open_digits, open_folder, open_photographs
 from rae.data.image_set import ImageError, Images, digest
+from rae.data.npz import open_npz
 from rae.data.order import crop_draws, epoch_order, image_index, mirrored
 from rae.data.shards import open_shards
 from rae.data.tables import is_saved_dataset, open_hub, open_saved, open_tables
 
 PACKAGED = {"digits": open_digits, "photographs": open_photographs}
+FILES = {".parquet": open_tables, ".arrow": open_tables, ".tar": open_shards, ".npz": open_npz}
 
 
 class DataConfig(Config):
     """Where the images come from and what is done to them on the way to the model."""
 
-    source: str  # a folder, .parquet, .arrow or .tar files, hf:owner/name, digits or photographs: see Sources
-    image: str | None = None  # column of a table, or ending in a shard, where there are several; None = the only one
-    label: str | None = None  # column of the classes; None = the only one of its kind; "" = leave classes alone
+    source: str  # a folder, .parquet, .arrow, .tar or .npz files, hf:owner/name, digits or photographs: see Sources
+    image: str | None = None  # column of a table, ending in a shard or array of an .npz; None = the only one, or arr_0
+    label: str | None = None  # column of the classes; None = the only one of its kind, or arr_1; "" = leave them alone
     class_names: str | None = None  # file that names the classes: lines, or .json; None = their own names
     held_out: float | str = 0.0  # kept out of training: a fraction of the source, or another source
     crop: Literal["center", "random"] = "center"  # "random" is decoder training's: to 1.5 x the size, then a crop
@@ -52,10 +54,12 @@ def open_images(source: str | Path, image: str | None = None, label: str | None 
               and files that are not images by name are left alone;
             - Parquet, Arrow or WebDataset (tar) files: one, a folder of them, a pattern, or names with braces
               (`train-{000..009}.tar`); or a folder that `save_to_disk` of Hugging Face datasets wrote;
+            - .npz files, one or by such a name: `arr_0` uint8 [N,H,W,3] and, where there are labels, `arr_1`;
             - "hf:owner/name", "hf:owner/name:config", "hf:owner/name@split", "hf:owner/name:config@split": of the hub.
-        image: the column of a table, or the ending in a shard's samples, that holds the images, where there are
-            several; None = the only one.
-        label: the column that holds the classes; None = the only one of its kind, if there is one; "" = no classes.
+        image: the column of a table, the ending in a shard's samples or the array of an .npz that holds the images,
+            where there are several; None = the only one, or `arr_0`.
+        label: the column, or the array, that holds the classes; None = the only one of its kind, or `arr_1`, if there
+            is one; "" = no classes.
 
     Raises:
         ImageError: there is no such source, it holds nothing that can be used, or its name means two things.
@@ -79,7 +83,7 @@ def open_images(source: str | Path, image: str | None = None, label: str | None 
     if is_saved_dataset(source):
         return open_saved(source, image, label)
     if files := find_data_files(source):
-        return (open_shards if files[0].suffix == ".tar" else open_tables)(files, image, label)
+        return FILES[files[0].suffix](files, image, label)
     if image or label:
         named = f"data.image={image}" if image else f"data.label={label}"
         raise ImageError(f"{named} names a column, and {source} has none: take the key out.")
