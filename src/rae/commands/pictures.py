@@ -63,7 +63,7 @@ def claim(folder: Path, file: str, protocol: dict[str, Any], grows: tuple[str, .
         if refused:
             lines = "\n".join(f"  {key}: {str(was)[:60]} -> {str(now)[:60]}" for key, (was, now) in refused.items())
             raise OutputError(
-                f"{folder} holds pictures that were made in another way:\n{lines}\n"
+                f"{folder} holds what was made in another way:\n{lines}\n"
                 "Ask for the same, or give another folder."
             )
     else:

@@ -1,0 +1,94 @@
+"""What `rae evaluate` judges: images that are there, or a model's, which it makes first.
+
+a run of train-dit, a diffusion model         => samples, of `rae sample`
+a run of train-decoder, an autoencoder        => reconstructions of given images, of `rae reconstruct`
+a folder that one of these commands wrote     => the same, with the protocol beside them
+anything else that holds images               => images
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from rae.commands.pictures import OutputError
+from rae.commands.sample_folder import PROTOCOL
+from rae.data.image_set import Images, digest, read_image
+from rae.data.images import DataConfig, open_images, subset
+
+RECONSTRUCTIONS = "reconstructions.json"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Images to be judged.
+
+    Attributes:
+        kind: what they are.
+        source: where they are.
+        images: in their order.
+        originals: of reconstructions, in the same order.
+        protocol: how they were made, as far as their folder tells.
+    """
+
+    kind: Literal["samples", "reconstructions", "images"]
+    source: str
+    images: Images
+    originals: Images | None
+    protocol: dict[str, Any]
+
+
+def open_subject(source: str, data: DataConfig, num: int | None) -> Subject:
+    """Images that are there.
+
+    Args:
+        source: a folder of `rae sample` or `rae reconstruct`, or whatever `open_images` reads.
+        data: how they are read.
+        num: the first so many; None = all.
+
+    Raises:
+        ImageError: nothing that can be read.
+        OutputError: a protocol that cannot be read; fewer images than `num`.
+    """
+    folder = Path(source).expanduser()
+    originals, protocol = None, {}
+    if (folder / RECONSTRUCTIONS).is_file():
+        kind, protocol = "reconstructions", _read(folder / RECONSTRUCTIONS)
+        originals, images = _halves(folder)
+    else:
+        kind, images = "images", open_images(source, data.image, data.label)
+        if (folder / PROTOCOL).is_file():
+            kind, protocol = "samples", _read(folder / PROTOCOL)
+    if num is not None and num > len(images):
+        raise OutputError(f"{source} holds {len(images):,} images, {num:,} are asked for; make more, or ask for fewer.")
+    if num is not None:
+        images, originals = (each and subset(each, range(num)) for each in (images, originals))
+    return Subject(kind, source, images, originals, protocol)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise OutputError(f"{path} is damaged ({error}); make the pictures beside it again.") from error
+
+
+def _halves(folder: Path) -> tuple[Images, Images]:
+    """The pairs that `rae reconstruct` wrote, original beside reconstruction -> originals, reconstructions."""
+    files = sorted(folder.glob("*.png"))
+    names = [str(file) for file in files]
+    identity = [digest([side, *(f"{file.name} {file.stat().st_size}" for file in files)]) for side in "01"]
+    sides = [Images(names, [0] * len(names), None, identity[side], _Half(names, side)) for side in (0, 1)]
+    return sides[0], sides[1]
+
+
+class _Half:
+    """Index -> one half of that picture; a class, so that it can be sent to the processes that decode."""
+
+    def __init__(self, files: list[str], side: int) -> None:
+        self.files, self.side = files, side
+
+    def __call__(self, index: int) -> np.ndarray:
+        return np.split(read_image(self.files[index]), 2, axis=1)[self.side]  # [H,2W,3] -> [H,W,3]

@@ -1,0 +1,117 @@
+"""Features of two sets of images, or pairs of images -> all figures that can be had of them, with their protocol."""
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rae.data.image_set import Images
+from rae.data.images import to_tensor, to_unit
+from rae.evaluation.frechet import frechet_measured, frechet_to_infinity, normal
+from rae.evaluation.inception_score import SPLIT, inception_score
+from rae.evaluation.kernel_distance import kernel_distance
+from rae.evaluation.lpips import LPIPS
+from rae.evaluation.manifold import manifold, overlap
+from rae.evaluation.reconstruction import WINDOW, psnr, ssim
+from rae.evaluation.reference import FeatureSet
+from rae.evaluation.uncertainty import Measured, measured_mean
+
+INCEPTION = "inception"
+ADM_NEIGHBOURS, PRDC_NEIGHBOURS = 3, 5  # k of precision and recall as ADM's evaluator, of density and coverage as prdc
+
+
+class Figure(NamedTuple):
+    """A measured number, and how it was measured.
+
+    Attributes:
+        title: what to call it, as papers do.
+        value: the number.
+        error: its standard error; None where it has none.
+        better: which way.
+        protocol: numbers of images, and whatever else it depends on.
+    """
+
+    title: str
+    value: float
+    error: float | None
+    better: Literal["lower", "higher"]
+    protocol: str
+
+
+def judge(samples: FeatureSet, reference: FeatureSet, extractor: str) -> dict[str, Figure]:
+    """Figures of samples against a reference, by the features of one extractor.
+
+    Args:
+        samples: with all rows.
+        reference: with moments of all its images, and rows of some.
+        extractor: its name; "inception" has more to tell than encoders.
+
+    Returns:
+        "METRIC/EXTRACTOR" => figure.
+
+    Raises:
+        ValueError: too few images for a metric, other dimensions, features that are not finite.
+    """
+    rows, known = samples.rows["features"], reference.rows["features"]
+    of = "images of a number not known" if reference.count is None else f"{reference.count:,} images"
+    against, among = f"{len(rows):,} images against {of}", f"{len(rows):,} images against {len(known):,}"
+    short, suffix = ("FID", "") if extractor == INCEPTION else ("FD", f" ({extractor})")
+    distance = frechet_to_infinity(rows, normal(*reference.moments["features"]))
+    line = f"{against}; by the line through N, N / 2 and N / 4 of them"
+    figures = {
+        "frechet": _figure(f"{short}{suffix}", distance.finite, "lower", against),
+        "frechet_infinite": _figure(f"{short} of infinitely many{suffix}", distance.infinite, "lower", line),
+        "kid": _figure(f"KID{suffix}", kernel_distance(rows, known), "lower", f"{among}, all pairs"),
+    }
+    own, real = (
+        manifold(each, k=PRDC_NEIGHBOURS, name=name) for name, each in (("samples", rows), ("reference", known))
+    )
+    for k, names in ((ADM_NEIGHBOURS, ("precision", "recall")), (PRDC_NEIGHBOURS, ("density", "coverage"))):
+        found = overlap(own, real, k=k)
+        for name in names:
+            title, how = f"{name}{suffix}", f"{among}, k = {k}"
+            figures[name] = _figure(title, getattr(found, name), "higher", how)
+    if extractor == INCEPTION:
+        spatial = frechet_measured(samples.rows["spatial"], normal(*reference.moments["spatial"]))
+        split = f"splits of {SPLIT:,}" if len(rows) > SPLIT else "all together"
+        score = inception_score(samples.rows["logits"])
+        figures["sfid"] = _figure("sFID", spatial, "lower", against)
+        figures["inception_score"] = _figure("Inception Score", score, "higher", f"{len(rows):,} images, {split}")
+    return {f"{name}/{extractor}": figure for name, figure in figures.items()}
+
+
+@torch.no_grad()
+def judge_pairs(originals: Images, images: Images, distance: LPIPS | None, batch: int = 32) -> dict[str, Figure]:
+    """PSNR, SSIM and, with `distance`, LPIPS of reconstructions, from 8-bit images: means over the images.
+
+    Args:
+        originals, images: in the same order.
+        distance: on the device where it is to compute.
+        batch: images at a time.
+    """
+    found: dict[str, list[Tensor]] = {"psnr": [], "ssim": [], "lpips": []}
+    for x, y in _pairs(originals, images, batch):
+        found["psnr"].append(psnr(x, y))
+        if min(x.shape[2:]) >= WINDOW:
+            found["ssim"].append(ssim(x, y))
+        if distance is not None:
+            device = next(distance.parameters()).device
+            found["lpips"].append(distance(*(2 * each.to(device) - 1 for each in (x, y))).double().cpu())
+    titles = {"psnr": ("PSNR / dB", "higher"), "ssim": ("SSIM", "higher"), "lpips": ("LPIPS (VGG16)", "lower")}
+    how = f"mean over {len(images):,} images and what they are of, 8 bits"
+    return {
+        name: _figure(titles[name][0], measured_mean(torch.cat(values)), titles[name][1], how)
+        for name, values in found.items()
+        if values
+    }
+
+
+def _pairs(originals: Images, images: Images, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for start in range(0, len(images), batch):
+        chunk = range(start, min(start + batch, len(images)))
+        yield tuple(to_unit(torch.stack([to_tensor(each.read(i)) for i in chunk])) for each in (images, originals))
+
+
+def _figure(title: str, measured: Measured, better: Literal["lower", "higher"], protocol: str) -> Figure:
+    return Figure(title, measured.value, measured.error, better, protocol)

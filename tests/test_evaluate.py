@@ -1,0 +1,316 @@
+"""`rae evaluate` and `rae reference`: the figures are those of the features, however the work was cut up."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from rae.commands import feature_folder
+from rae.data.images import open_images, to_tensor
+from rae.evaluation.features import open_extractor
+from rae.evaluation.frechet import Moments, frechet_distance
+from rae.evaluation.reconstruction import psnr
+
+METRICS = ("frechet", "frechet_infinite", "kid", "precision", "recall", "density", "coverage")
+
+
+def save_images(folder: Path, count: int, *, seed: int, size=(20, 16), suffix: str = ".png", mean: int = 100) -> Path:
+    """Noise about a mean, [H,W,3] of `size`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(seed)
+    for i in range(count):
+        image = (random.normal(mean, 40, (*size, 3)) + random.normal(0, 20, 3)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(image).save(folder / f"{i:03d}{suffix}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> tuple[Path, Path]:
+    """Samples and real images: not to be written to."""
+    root = tmp_path_factory.mktemp("sets")
+    return save_images(root / "samples", 21, seed=1, mean=110), save_images(root / "real", 26, seed=2)
+
+
+@pytest.fixture
+def look(encoder):
+    """Which extractor: a tiny one, which sees 16 x 16 pixels."""
+    return ["--features", encoder, "--input-size", 16]
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(feature_folder, "CHUNK", 8)
+
+
+def figures(folder: Path) -> dict[str, dict]:
+    """METRIC => figure, of the only extractor."""
+    found = json.loads((folder / "evaluation.json").read_text())["figures"]
+    return {name.partition("/")[0]: figure for name, figure in found.items()}
+
+
+def values(folder: Path) -> dict[str, float]:
+    return {name: figure["value"] for name, figure in figures(folder).items()}
+
+
+# --- what stands in it
+
+
+def test_figures_are_those_of_the_features(sets, encoder, look, run, tmp_path):
+    samples, real = sets
+    output = run("evaluate", samples, "--reference", real, *look, "--out", tmp_path / "out")
+    extractor, moments = open_extractor(str(encoder), input_size=16), []
+    for folder in sets:
+        images = torch.stack([to_tensor(open_images(folder)[i][0]) for i in range(len(open_images(folder)))])
+        moments.append(Moments(16))
+        moments[-1].update(extractor(images)["features"])
+    expected = frechet_distance(*(x for m in moments for x in (m.mean, m.covariance)))
+    found = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert figures(tmp_path / "out").keys() == set(METRICS)
+    assert values(tmp_path / "out")["frechet"] == pytest.approx(expected, rel=1e-6)
+    assert found["subject"].items() >= {"kind": "images", "images": 21, "size": [20, 16], "crop": "as they are"}.items()
+    assert found["reference"].items() >= {"source": str(real), "images": 26, "size": [20, 16]}.items()
+    assert found["extractors"] == {str(encoder): extractor.describe()}
+    assert figures(tmp_path / "out")["frechet"]["protocol"] == "21 images against 26 images"
+    assert all(figure["error"] > 0 for figure in figures(tmp_path / "out").values() if 0 < figure["value"] < 1)
+    assert "FD" in output
+    assert "written: " in output
+
+
+def test_damage_is_seen(sets, look, run, tmp_path):
+    half = save_images(tmp_path / "half", 26, seed=3)
+    dark = save_images(tmp_path / "dark", 26, seed=3, mean=30)
+    for name in ("half", "dark"):
+        run("evaluate", tmp_path / name, "--reference", sets[1], *look, "--out", tmp_path / f"{name}-out")
+    good, bad = (values(tmp_path / f"{folder.name}-out") for folder in (half, dark))
+    assert good["frechet"] < bad["frechet"]
+    assert good["kid"] < bad["kid"]
+    assert good["coverage"] > bad["coverage"]
+
+
+# --- the same figures however the work is cut up
+
+
+@pytest.fixture
+def whole(sets, look, run, tmp_path) -> dict[str, float]:
+    run("evaluate", sets[0], "--reference", sets[1], *look, "--out", tmp_path / "whole")
+    return values(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_any_batch_gives_the_same_figures(whole, small_chunks, sets, look, run, tmp_path, batch):
+    run("evaluate", sets[0], "--reference", sets[1], *look, "--batch", batch, "--out", tmp_path / "out")
+    assert values(tmp_path / "out") == pytest.approx(whole, rel=1e-6)
+    assert len(list((tmp_path / "out/features").rglob("*.safetensors"))) == 3  # chunks of 8, 8 and 5
+
+
+def test_any_order_gives_the_same_figures(whole, sets, look, run, tmp_path):
+    for i, file in enumerate(sorted(sets[0].iterdir())):
+        image = Image.open(file)
+        (tmp_path / "turned").mkdir(exist_ok=True)
+        image.save(tmp_path / f"turned/{99 - i}.png")
+    run("evaluate", tmp_path / "turned", "--reference", sets[1], *look, "--out", tmp_path / "out")
+    found = values(tmp_path / "out")
+    independent = set(METRICS) - {"frechet_infinite"}  # which divides the images into parts
+    assert {name: found[name] for name in independent} == pytest.approx(
+        {name: whole[name] for name in independent}, rel=1e-6
+    )
+
+
+def test_two_processes_give_the_same_figures(whole, sets, look, tmp_path):
+    script = "from rae.cli import main; from rae.commands import feature_folder; feature_folder.CHUNK = 8; main()"
+    (tmp_path / "main.py").write_text(script)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        2,
+        tmp_path / "main.py",
+    ]
+    command = ["evaluate", sets[0], "--reference", sets[1], *look, "--out", tmp_path / "two"]
+    done = subprocess.run(
+        [str(part) for part in (*launch, "--", *command)],
+        env=os.environ | {"COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert values(tmp_path / "two") == pytest.approx(whole, rel=1e-6)
+    assert done.stdout.count("written: ") == 1
+
+
+def test_what_was_computed_is_not_computed_again(whole, small_chunks, sets, look, run, tmp_path, monkeypatch):
+    command = ["evaluate", sets[0], "--reference", sets[1], *look, "--out", tmp_path / "out"]
+    written, write = [], feature_folder._write
+
+    def interrupted(file, parts):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(file)
+        write(file, parts)
+
+    from conftest import invoke
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_folder, "_write", interrupted)
+        assert invoke(*command).exit_code == 130
+    before = [file.stat().st_mtime_ns for file in written]
+    run(*command)
+    assert [file.stat().st_mtime_ns for file in written] == before
+    assert values(tmp_path / "out") == pytest.approx(whole, rel=1e-6)
+
+
+# --- references
+
+
+def test_a_reference_file_gives_the_same_figures(whole, sets, look, run, tmp_path):
+    run("reference", sets[1], *look, "--out", tmp_path / "real.safetensors")
+    assert not (tmp_path / "real.safetensors.parts").exists()
+    run("evaluate", sets[0], "--reference", tmp_path / "real.safetensors", *look, "--out", tmp_path / "out")
+    assert values(tmp_path / "out") == whole
+    kept = tmp_path / "whole/reference.safetensors"  # an evaluation leaves one as well
+    run("evaluate", sets[0], "--reference", kept, *look, "--out", tmp_path / "again")
+    assert values(tmp_path / "again") == whole
+
+
+def test_a_reference_keeps_so_many_rows_and_all_moments(sets, look, encoder, run, tmp_path):
+    for keep in (10, 26):
+        run("reference", sets[1], *look, "--keep", keep, "--out", tmp_path / f"{keep}.safetensors")
+    few, all_ = (load_file(tmp_path / f"{keep}.safetensors") for keep in (10, 26))
+    assert len(few[f"{encoder}/features"]) == 10
+    assert len(all_[f"{encoder}/features"]) == 26
+    assert torch.equal(few[f"{encoder}/features.mean"], all_[f"{encoder}/features.mean"])
+
+
+def test_larger_references_are_cropped_to_the_subject(sets, look, run, tmp_path):
+    large = save_images(tmp_path / "large", 12, seed=5, size=(40, 50))
+    run("evaluate", sets[0], "--reference", large, *look, "--out", tmp_path / "out")
+    reference = json.loads((tmp_path / "out/evaluation.json").read_text())["reference"]
+    assert reference.items() >= {"size": [20, 16], "crop": "centre crop, as in training"}.items()
+
+
+def test_a_reference_at_another_size_is_refused(sets, look, refused, run, tmp_path):
+    run(
+        "reference",
+        save_images(tmp_path / "large", 12, seed=5, size=(40, 50)),
+        *look,
+        "--out",
+        tmp_path / "r.safetensors",
+    )
+    told = refused("evaluate", sets[0], "--reference", tmp_path / "r.safetensors", *look, "--out", tmp_path / "out")
+    assert "have 20 x 16 pixels" in told
+    assert "40 x 50: figures across sizes mean nothing" in told
+
+
+def test_a_reference_by_another_extractor_is_refused(sets, encoder, look, refused, run, tmp_path):
+    file = tmp_path / "r.safetensors"
+    run("reference", sets[1], "--features", encoder, "--input-size", 24, "--out", file)
+    told = refused("evaluate", sets[0], "--reference", file, *look, "--out", tmp_path / "out")
+    assert "is by another" in told
+    assert "input_size [24, 24], now [16, 16]" in told
+
+
+# --- models
+
+
+def test_a_model_of_stage_2_is_sampled(runs, look, run, tmp_path):
+    command = ["evaluate", runs / "dit", "--num", 12, "--steps", 3, "--cfg", 1.5, *look, "--out", tmp_path / "out"]
+    real = save_images(tmp_path / "real", 12, seed=1, size=(16, 16))
+    run(*command, "--reference", real)
+    found = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert found["subject"]["kind"] == "samples"
+    assert found["subject"]["protocol"]["guidance"]["scale"] == 1.5
+    assert len(list((tmp_path / "out/samples").glob("*.png"))) == 12
+    run("evaluate", tmp_path / "out/samples", "--reference", real, *look, "--out", tmp_path / "again")
+    assert values(tmp_path / "again") == values(tmp_path / "out")
+    assert json.loads((tmp_path / "again/evaluation.json").read_text())["subject"]["kind"] == "samples"
+
+
+def test_a_model_of_stage_1_reconstructs_what_it_is_compared_with(runs, look, run, tmp_path):
+    real = save_images(tmp_path / "real", 12, seed=1, size=(24, 20))
+    run("evaluate", runs / "decoder", "--reference", real, *look, "--out", tmp_path / "out")
+    found = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert found["subject"]["kind"] == "reconstructions"
+    assert found["figures"].keys() >= {"psnr", "ssim"}
+    pairs = [np.asarray(Image.open(file)) for file in sorted((tmp_path / "out/reconstructions").glob("*.png"))]
+    both = torch.from_numpy(np.stack(pairs)).permute(0, 3, 1, 2).double() / 255
+    original, decoded = both.chunk(2, dim=3)
+    assert found["figures"]["psnr"]["value"] == pytest.approx(psnr(decoded, original).mean().item(), rel=1e-6)
+    run("evaluate", tmp_path / "out/reconstructions", *look, "--out", tmp_path / "again")
+    assert values(tmp_path / "again") == values(tmp_path / "out")
+
+
+# --- bad input
+
+
+def test_mixed_sizes(sets, look, refused, run, tmp_path):
+    mixed = save_images(tmp_path / "mixed", 10, seed=0)
+    Image.new("RGB", (30, 30)).save(mixed / "odd.png")
+    command = ["evaluate", mixed, "--reference", sets[1], *look, "--out", tmp_path / "out"]
+    for how in ((), ("--skip-broken",)):
+        told = refused(*command, *how)
+        assert "odd.png is 30 x 30 pixels (height x width), not 20 x 16" in told
+    run(*command, "--size", "16", "--out", tmp_path / "cropped")
+
+
+def test_broken_images_are_named_and_left_out(sets, look, refused, run, tmp_path):
+    images = save_images(tmp_path / "images", 12, seed=0)
+    (images / "004.png").write_bytes(b"no png")
+    command = ["evaluate", images, "--reference", sets[1], *look, "--out"]
+    assert "004.png: cannot be decoded" in refused(*command, tmp_path / "out")
+    assert "left out: " in run(*command, tmp_path / "skipped", "--skip-broken")
+    found = json.loads((tmp_path / "skipped/evaluation.json").read_text())
+    assert found["subject"]["images"] == 11
+    assert figures(tmp_path / "skipped")["frechet"]["protocol"] == "11 images against 26 images"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["SAMPLES"], "say what its images are compared with"),
+        (["SAMPLES", "--reference", "REAL", "--num", 99], "holds 21 images, 99 are asked for"),
+        (["SAMPLES", "--reference", "REAL", "--num", 4], "too few"),
+        (["SAMPLES", "--reference", "REAL", "--cfg", 2], "--cfg is of models of stage 2"),
+        (["SAMPLES", "--reference", "nowhere"], "nowhere: no such folder"),
+        (["DIT", "--reference", "REAL"], "Say how many samples to make"),
+        (["DIT", "--num", 9], "say what its images are compared with"),
+        (["DECODER"], "is an autoencoder: its reconstructions are compared with the images"),
+    ],
+)
+def test_what_cannot_be_judged(sets, runs, look, refused, tmp_path, arguments, told):
+    places = {"SAMPLES": sets[0], "REAL": sets[1], "DIT": runs / "dit", "DECODER": runs / "decoder"}
+    arguments = [places.get(argument, argument) for argument in arguments]
+    assert told in " ".join(refused("evaluate", *arguments, *look, "--out", tmp_path / "out").split())
+
+
+def test_weights_that_nobody_asked_for(sets, encoder, refused, tmp_path):
+    command = ["evaluate", sets[0], "--reference", sets[1], "--out", tmp_path / "out"]
+    assert "weights of Inception, which" in refused(*command, "--features", encoder, "--inception", tmp_path / "w.pth")
+    assert "--input-size 56 is of encoders" in refused(*command, "--input-size", 56)
+
+
+def test_a_folder_of_other_features_is_refused(sets, look, refused, run, tmp_path):
+    run("evaluate", sets[0], "--reference", sets[1], *look, "--out", tmp_path / "out")
+    told = refused("evaluate", sets[1], "--reference", sets[0], *look, "--out", tmp_path / "out")
+    assert "what was made in another way" in told
+
+
+def test_the_same_images_twice_are_flagged(sets, look, run, tmp_path):
+    output = run("evaluate", sets[1], "--reference", sets[1], *look, "--out", tmp_path / "out")
+    assert "subject and reference are the same images" in output
+    assert values(tmp_path / "out")["frechet"] == pytest.approx(0, abs=1e-9)
+
+
+def test_jpeg_files_are_flagged(sets, look, run, tmp_path):
+    samples = save_images(tmp_path / "samples", 20, seed=3, suffix=".jpg")
+    assert "20 of the subject's images are JPEG" in run(
+        "evaluate", samples, "--reference", sets[1], *look, "--out", tmp_path / "out"
+    )
