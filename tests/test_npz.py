@@ -196,6 +196,17 @@ def test_damage_is_never_taken_for_images(tmp_path, write):
             open_images(path)
 
 
+def test_damage_far_behind_the_header_is_found(tmp_path):
+    many = np.zeros((40, 16, 16, 3), np.uint8)
+    for arrays in ((many, np.arange(40)), (PIXELS, np.eye(3000)[LABELS])):
+        path = Path(save(tmp_path, *arrays))
+        data = bytearray(path.read_bytes())
+        data[-2000] ^= 8
+        path.write_bytes(data)
+        with pytest.raises(ImageError, match=r"x\.npz is damaged, .*Bad CRC-32"):
+            open_images(path)
+
+
 def test_files_that_are_something_else(tmp_path, file):
     for content in (b"", b"not a zip file", png(0)):
         file.write_bytes(content)

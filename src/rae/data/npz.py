@@ -34,7 +34,7 @@ class Batch(NamedTuple):
 
     count: int
     read: Callable[[int], np.ndarray]
-    content: str  # shape and CRC-32
+    content: str  # CRC-32 of the array, its shape included
 
 
 def open_npz(files: Sequence[Path], image: str | None, label: str | None) -> Images:
@@ -113,7 +113,7 @@ def _images(file: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Ba
             read = functools.partial(_read_stored, str(file), _beginning(archive, member) + offset, shape)
         else:
             read = functools.partial(operator.getitem, _load(file, archive, member, math.prod(shape)))
-    return Batch(shape[0], read, f"{shape} {member.CRC:08x}")
+    return Batch(shape[0], read, f"{member.CRC:08x}")
 
 
 def _header(file: Path, member: zipfile.ZipInfo, array: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
