@@ -220,7 +220,7 @@ def test_broken_rows_are_named_skipped_or_fatal(tmp_path, workers):
     source = parquet(Dataset.from_dict({"image": values}, Features(image=Image())), tmp_path / "x.parquet")
     images = open_images(source)
     for row, reason in enumerate([r"truncated", r"there is no image", r"not an image that Pillow knows"], start=1):
-        with pytest.raises(ImageError, match=rf"^[^\n]*x\.parquet row {row}: [^\n]*{reason}[^\n]*on_broken: skip[^\n]*\.$"):
+        with pytest.raises(ImageError, match=rf"^[^\n]*x\.parquet row {row}: [^\n]*{reason}[^\n]*on_broken: skip.*\.$"):
             images[row]
     config = DataConfig(source=source, on_broken="skip", workers=workers)
     (batch,) = loader(Stream(images, config, (16, 16), seed=0), [range(4)], config)
@@ -298,8 +298,6 @@ def test_names_that_the_hub_does_not_have(tmp_path, monkeypatch):
     for source in ("hf:name", "hf:", "hf:owner/name:a:b", "hf:owner/name@", "hf:owner/name/more"):
         with pytest.raises(ImageError, match=r"hf:owner/name:config@split"):
             open_images(source)
-    with pytest.raises(ImageError, match=r"streams of the hub are not read.*Download it: hf:owner/name\."):
-        open_images("hf-stream:owner/name")
 
     def unreachable(*arguments, **options):
         raise ConnectionError("Couldn't reach 'owner/name' on the Hub\n(ConnectError)")

@@ -22,6 +22,7 @@ from rae.data.image_set import ImageError, Images, digest
 from rae.data.npz import open_npz
 from rae.data.order import crop_draws, epoch_order, image_index, mirrored
 from rae.data.shards import open_shards
+from rae.data.streams import StreamError, open_stream
 from rae.data.tables import is_saved_dataset, open_hub, open_saved, open_tables
 
 PACKAGED = {"digits": open_digits, "photographs": open_photographs}
@@ -55,7 +56,8 @@ def open_images(source: str | Path, image: str | None = None, label: str | None 
             - Parquet, Arrow or WebDataset (tar) files: one, a folder of them, a pattern, or names with braces
               (`train-{000..009}.tar`); or a folder that `save_to_disk` of Hugging Face datasets wrote;
             - .npz files, one or by such a name: `arr_0` uint8 [N,H,W,3] and, where there are labels, `arr_1`;
-            - "hf:owner/name", "hf:owner/name:config", "hf:owner/name@split", "hf:owner/name:config@split": of the hub.
+            - "hf:owner/name", "hf:owner/name:config", "hf:owner/name@split", "hf:owner/name:config@split": of the hub,
+              or with "hf-stream:" in place of "hf:", of which rows are fetched when they are first asked for.
         image: the column of a table, the ending in a shard's samples or the array of an .npz that holds the images,
             where there are several; None = the only one, or `arr_0`.
         label: the column, or the array, that holds the classes; None = the only one of its kind, or `arr_1`, if there
@@ -74,10 +76,7 @@ def open_images(source: str | Path, image: str | None = None, label: str | None 
             f"./{source} for the folder; rename it, or go elsewhere, for the package's."
         )
     if source.startswith("hf-stream:"):
-        raise ImageError(
-            f"{source}: streams of the hub are not read, since every image must be within reach at any time (order, "
-            f"statistics, resuming). Download it: hf:{source.removeprefix('hf-stream:')}."
-        )
+        return open_stream(source, image, label)
     if source.startswith("hf:"):
         return open_hub(source, image, label)
     if is_saved_dataset(source):
@@ -202,15 +201,15 @@ def read(images: Images, index: int, on_broken: str) -> tuple[int, np.ndarray, i
 
 
 class _Batches(torch.utils.data.Dataset):
-    """Indices or positions -> the batch, or the ImageError, which a worker would turn into the text of a traceback."""
+    """Indices or positions -> the batch, or its error, which a worker would turn into the text of a traceback."""
 
     def __init__(self, dataset: Views) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, indices: Sequence[int]) -> dict[str, Any] | ImageError:
+    def __getitem__(self, indices: Sequence[int]) -> dict[str, Any] | ImageError | StreamError:
         try:
             return torch.utils.data.default_collate([self.dataset[index] for index in indices])
-        except ImageError as error:
+        except (ImageError, StreamError) as error:
             return error
 
 
@@ -226,7 +225,7 @@ def loader(
         worker_init_fn=_leave_signals_to_the_parent,
         pin_memory=torch.cuda.is_available(),
     ):
-        if isinstance(batch, ImageError):
+        if isinstance(batch, Exception):
             raise batch
         yield batch
 
