@@ -191,12 +191,14 @@ def _table(figures: Mapping[str, Memorisation], distances: Mapping[str, Tensor])
     first = next(iter(figures.values()))
     if first.share:
         title = f"very near: below {first.near:.4g}\n{first.expected:.2%} expected, as of new real images"
-        rows.append([title, *(_share(figure) for figure in figures.values())])
+        rows.append([title, *(_share(figure, len(distances[name])) for name, figure in figures.items())])
     return table(["figure", *figures], rows)
 
 
-def _share(figure: Memorisation) -> str:
+def _share(figure: Memorisation, count: int) -> str:
     value, error = figure.share
+    if value == 0:  # a bootstrap of none knows no error
+        return f"none of {count:,}\nbelow {1 - 0.05 ** (1 / count):.2%} with 95 % confidence"
     return f"{value:.2%} ± {error:.2%}\nchance of as many: {figure.chance:.2g}"
 
 
@@ -224,6 +226,6 @@ def _sheet(name: str, known: Known, training: Known, distances: Tensor, neighbou
     chosen = distances.argsort(stable=True)[:SHOWN].tolist()
     rows = [np.stack([known.picture(i) for i in chosen])]
     rows.append(np.stack([training.picture(i) for i in neighbours[chosen].tolist()]))
-    under = [[f"{distances[i]:.4g}" for i in chosen], []]
+    under = [[f"{distances[i]:.3g}" for i in chosen], []]
     caption = "Those that lie nearest, the nearest first, with the distance; below each its nearest training image."
     return sheet(rows, caption, names=["image", "training"], under=under, size=shown_width(rows[0].shape[2]))
