@@ -386,14 +386,25 @@ def test_figures_stand_side_by_side_with_flags_and_verdicts(tmp_path):
         make_evaluation(tmp_path / "d", {"frechet/dino": (5.0, 0.5, "lower")}, images=50),
     ]
     report = Report(paths, tmp_path / "out")
-    lines = [line for line in report.markdown.splitlines() if line.startswith("| frechet/dino ↓")]
-    assert len(lines) == 2
-    assert "| 10.00 ± 0.50 | 7.00 ± 0.50<br><small>-3.00 ± 0.71: better</small> |" in lines[0]
-    assert "| 9.50 ± 0.50<br><small>-0.50 ± 0.71: within error</small> | - |" in lines[0]
-    assert lines[1].endswith("| - | - | - | 5.00 ± 0.50 |")
-    assert report.row("flags") == ["none", "1 flag\n• reference is of the training set", "none", "none"]
-    assert "Not in one row, because they do not compare: frechet/dino (different: number of images)." in report.html
+    first, second = (line for line in report.markdown.splitlines() if line.startswith("| frechet/dino ↓"))
+    assert "| 10.00 ± 0.50 | 7.00 ± 0.50<br><small>-3.00 ± 0.71: better</small> |" in first
+    assert first.endswith("| 9.50 ± 0.50<br><small>-0.50 ± 0.71: within error</small> |")
+    assert second.endswith("| 5.00 ± 0.50 |")  # in a table of its own
+    assert "| flags | none | 1 flag<br><small>• reference is of the training set</small> | none |" in report.markdown
+    assert "they do not compare: frechet/dino (different: number of images)." in report.html
     assert report.html.count("LineCollection") == 3  # one plot, of what compares
+
+
+def test_how_the_judged_images_were_made_stands_with_the_figures(tmp_path):
+    paths = [make_evaluation(tmp_path / name, FD) for name in "ab"]
+    for path, cfg in zip(paths, (1.5, 2.0)):
+        found = json.loads((path / "evaluation.json").read_text())
+        found["subject"]["protocol"] = {"guidance": {"kind": "CFG", "scale": cfg}, "steps": 50, "labels": [0, 1] * 250}
+        (path / "evaluation.json").write_text(json.dumps(found))
+    report = Report(paths, tmp_path / "out")
+    assert report.row("guidance.scale") == ["1.5", "2.0"]
+    assert "| steps" not in report.markdown
+    assert "labels" not in report.html
 
 
 # --- reconstructions -------------------------------------------------------------------------------------------------

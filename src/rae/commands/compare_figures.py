@@ -2,11 +2,12 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rae.commands.compare_read import Compared, Evaluation, Judged
-from rae.evaluation.report import Piece, beside, dots, note, paragraph, table
+from rae.commands.compare_read import Compared, Evaluation, Judged, made_by
+from rae.commands.compare_runs import recipes
+from rae.evaluation.report import Piece, beside, dots, heading, note, paragraph, table
 
 DIFFERENT = 2  # standard errors of a difference, beyond which it is called one
 ARROWS = {"lower": "↓", "higher": "↑"}
@@ -30,22 +31,34 @@ class Row(NamedTuple):
 
 
 def figures(compared: Sequence[Compared]) -> list[Piece]:
-    """The section: a table in which each row has one protocol, flags, and a plot of each row that has two values."""
+    """The section: a table of those of as many images against the same ones, others in others, and why."""
     judged = {each.name: each.evaluation for each in compared if each.evaluation}
-    if not judged:
-        return []
+    groups: dict[str, dict[str, Evaluation]] = {}
+    for name, one in judged.items():
+        groups.setdefault(json.dumps(_against(one), sort_keys=True), {})[name] = one
+    pieces = [note(text) for text in apart(list(judged.values()))]
+    for group in groups.values():
+        if len(groups) > 1:
+            pieces.append(heading(", ".join(group)))
+        pieces += _group(group)
+    return pieces
+
+
+def _group(judged: Mapping[str, Evaluation]) -> list[Piece]:
+    """A table in which each row has one protocol, flags, and a plot of each row that has two values."""
     found = rows(list(judged.values()))
     lines = [[_title(row), *_cells(row)] for row in found]
     flags = ["flags", *(_flags(of.flags) for of in judged.values())]
     pieces = [table(["figure", *judged], [_about(judged), flags, *lines])]
     pieces.append(paragraph(HOW if len(judged) > 1 else "Value ± its standard error."))
-    pieces += [note(text) for text in apart(list(judged.values()))]
     plots = []
     for row in found:
         values = [figure and (figure.value, figure.error) for figure in row.figures]
         if sum(value is not None and math.isfinite(value[0]) for value in values) > 1:
             plots.append(dots(dict(zip(judged, values)), row.one.title or row.name, f"{row.one.better} is better"))
-    return pieces + ([beside(*plots)] if plots else [])
+    pieces += [beside(*plots)] if plots else []
+    made = {name: made_by(one.subject.protocol) for name, one in judged.items()}
+    return pieces + (recipes(made, "protocol") if any(made.values()) else [])
 
 
 def rows(evaluations: Sequence[Evaluation]) -> list[Row]:
@@ -59,12 +72,17 @@ def rows(evaluations: Sequence[Evaluation]) -> list[Row]:
     return [Row(name, line) for wanted in names for (name, _), line in found.items() if name == wanted]
 
 
-def protocol(evaluation: Evaluation, name: str) -> dict[str, Any]:
-    """What two figures of a name must share to be compared."""
-    figure, reference = evaluation.figures[name], evaluation.reference
+def _against(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "number of images": evaluation.subject.images,
-        "reference": reference.model_dump(mode="json", include={"images", "identity", "size", "crop"}),
+        "reference": evaluation.reference.model_dump(mode="json", include={"images", "identity", "size", "crop"}),
+    }
+
+
+def protocol(evaluation: Evaluation, name: str) -> dict[str, Any]:
+    """What two figures of a name must share to be compared."""
+    figure = evaluation.figures[name]
+    return _against(evaluation) | {
         "extractor": evaluation.extractors.get(name.partition("/")[2]),
         "protocol": figure.protocol,
         "better": figure.better,
@@ -79,7 +97,7 @@ def apart(evaluations: Sequence[Evaluation]) -> list[str]:
         if others := [key for key in protocols[0] if any(one[key] != protocols[0][key] for one in protocols)]:
             why.setdefault(", ".join(others), []).append(name)
     return [
-        f"Not in one row, because they do not compare: {', '.join(names)} (different: {reason})."
+        f"Not side by side, because they do not compare: {', '.join(names)} (different: {reason})."
         for reason, names in why.items()
     ]
 
@@ -116,8 +134,7 @@ def signed(difference: float, error: float) -> str:
 
 
 def _title(row: Row) -> str:
-    title = f"{row.one.title or row.name} {ARROWS[row.one.better]}"
-    return "\n".join([title, *([row.name] if row.one.title else []), row.one.protocol])
+    return f"{row.one.title or row.name} {ARROWS[row.one.better]}\n{row.one.protocol}"
 
 
 def _cells(row: Row) -> list[str]:

@@ -1,24 +1,21 @@
 """Folders of pictures side by side: reconstructions of the same images, their failures; samples of the same seeds."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
 from rae.commands.compare_figures import ARROWS, DIFFERENT, call, measured, signed
-from rae.commands.compare_read import Compared, Pictures
+from rae.commands.compare_read import Compared, Pictures, made_by
 from rae.commands.compare_runs import recipes
 from rae.commands.pictures import read_picture
 from rae.evaluation.report import Piece, heading, note, paragraph, sheet, table
 from rae.evaluation.uncertainty import measured_mean
-from rae.training.run_folder import _flatten
 
 SHOWN = 8  # images in a row
 ROWS = 4  # of samples, all folders together, where there are that many of the same seeds
 FIGURES = {"psnr": ("PSNR / dB", "{:.1f} dB"), "ssim": ("SSIM", "{:.3f}")}
-ELSEWHERE = {"images", "rows", "mean", "unreadable", "labels", "class_names", "jobs"}  # of a protocol, or too long
 
 
 def shown_width(width: int) -> int:
@@ -63,7 +60,10 @@ def _group(group: Mapping[str, Pictures]) -> list[Piece]:
             " Below, the mean of the differences to the first column, image by image, and the error of that mean; "
             f"within error is what lies within {DIFFERENT} of these."
         )
-    pieces += [paragraph(text), *recipes({name: _protocol(pictures) for name, pictures in group.items()}, "protocol")]
+    pieces += [
+        paragraph(text),
+        *recipes({name: made_by(pictures.protocol) for name, pictures in group.items()}, "protocol"),
+    ]
     there = [i for i in common if all(i in pictures.files for pictures in group.values())]
     if not there:
         return [*pieces, note("Their pictures are gone, so none are shown.")]
@@ -125,12 +125,6 @@ def _pairs(
     return sheet(rows, caption, names=names, columns=columns, under=under, size=shown_width(rows[0].shape[2]))
 
 
-def _protocol(pictures: Pictures) -> dict:
-    """How pictures were made, without what is long or said elsewhere."""
-    flat = _flatten({key: value for key, value in pictures.protocol.items() if key not in ELSEWHERE})
-    return {key: value[:12] if re.fullmatch("[0-9a-f]{64}", str(value)) else value for key, value in flat.items()}
-
-
 # --- samples ---------------------------------------------------------------------------------------------------------
 
 
@@ -139,10 +133,9 @@ def samples(compared: Sequence[Compared]) -> list[Piece]:
     found = {each.name: each.samples for each in compared if each.samples}
     if not found:
         return []
-    pieces = [
-        table(["figure", *found], _made(found)),
-        *recipes({n: _protocol(p) for n, p in found.items()}, "protocol"),
-    ]
+    pieces = [table(["figure", *found], _made(found))]
+    if not all(each.evaluation for each in compared if each.samples):  # whose protocols stand with their figures
+        pieces += recipes({name: made_by(pictures.protocol) for name, pictures in found.items()}, "protocol")
     if gone := [name for name, pictures in found.items() if not pictures.files]:
         pieces.append(note(f"{', '.join(gone)}: the PNGs are gone (packed in an .npz?), so none are shown."))
     there = {name: pictures for name, pictures in found.items() if pictures.files}

@@ -7,8 +7,9 @@ evaluation.json                          what `rae evaluate` found; samples/ or 
 """
 
 import json
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from rae.training.run_folder import _flatten
 
 FIGURES = "figures.json"
 EVALUATION = "evaluation.json"
+ELSEWHERE = {"images", "rows", "mean", "unreadable", "labels", "class_names", "jobs"}  # of a protocol, or too long
 KNOWN = {
     "recipe.yaml": "a training run",
     PROTOCOL: "samples",
@@ -98,6 +100,7 @@ class About(pydantic.BaseModel):
     identity: str | None = None
     size: tuple[int, int] | None = None
     crop: str | None = None
+    protocol: dict[str, Any] = {}
 
 
 class Evaluation(pydantic.BaseModel):
@@ -144,6 +147,12 @@ def read_all(folders: Sequence[Path]) -> list[Compared]:
     if twice:
         raise ReportError(f"{twice[0]} is given twice; compare it with another one.")
     return [_read(name, path) for name, path in zip(short_names(paths), paths)]
+
+
+def made_by(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """How pictures were made, by dotted keys, without what is long or said elsewhere; checksums are cut short."""
+    flat = _flatten({key: value for key, value in protocol.items() if key not in ELSEWHERE})
+    return {key: value[:12] if re.fullmatch("[0-9a-f]{64}", str(value)) else value for key, value in flat.items()}
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

@@ -53,13 +53,14 @@ table { border-collapse: collapse; font-size: .92rem; margin: .8rem 0; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line); }
 th { color: var(--faint); font-weight: 600; }
 td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; min-width: 7rem; }
-td:first-child, th:first-child { min-width: 8rem; position: sticky; left: 0; background: var(--page); }
+td:first-child, th:first-child { min-width: 11rem; position: sticky; left: 0; background: var(--page); }
 small { color: var(--faint); font-size: .85em; line-height: 1.35; }
 pre { background: var(--soft); padding: .7rem .9rem; border-radius: 4px; overflow-x: auto; font-size: .82rem; }
 details { margin: .6rem 0; }
 summary { cursor: pointer; color: var(--faint); }
 .note { border-left: 3px solid #d08700; padding-left: .8rem; }
-@media (max-width: 480px) { td, th { font-size: .8rem; padding-right: .5rem; } }
+@media (max-width: 480px) { td, th { font-size: .8rem; padding-right: .5rem; }
+  td:first-child, th:first-child { min-width: 8rem; } }
 """
 
 
