@@ -196,6 +196,34 @@ def test_damage_is_never_taken_for_images(tmp_path, write):
             open_images(path)
 
 
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_no_flipped_bit_changes_anything_in_silence(tmp_path, write):
+    """Bits of the table of contents, which no checksum covers, and some of those before it."""
+    path = tmp_path / "x.npz"
+    write(path, PIXELS, LABELS)
+    whole, refused = path.read_bytes(), []
+    contents = whole.index(b"PK\x01\x02")
+    for bit in [*range(8 * contents, 8 * len(whole), 7), *range(0, 8 * contents, 101)]:
+        at = bit // 8
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit % 8]) + whole[at + 1 :])
+        try:
+            images = open_images(path)
+        except ImageError as error:
+            refused.append("x.npz" in str(error))
+        else:
+            assert same(images), bit
+            assert (list(images.labels), images.class_names) == (LABELS.tolist(), ["0", "1", "2"]), bit
+    assert len(refused) > 100
+    assert all(refused)
+
+
+def test_large_files_have_another_table_of_contents(tmp_path, monkeypatch):
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)  # in place of 2 GiB
+    path = Path(save(tmp_path, PIXELS, LABELS))
+    assert b"PK\x06\x06" in path.read_bytes()
+    assert same(open_images(path))
+
+
 def test_damage_far_behind_the_header_is_found(tmp_path):
     many = np.zeros((40, 16, 16, 3), np.uint8)
     for arrays in ((many, np.arange(40)), (PIXELS, np.eye(3000)[LABELS])):

@@ -160,6 +160,15 @@ def test_a_batch_of_samples_is_no_adm_reference(tmp_path):
         assert not is_adm_reference(tmp_path / name)
 
 
+def test_a_damaged_adm_reference_is_not_taken_for_its_images(tmp_path):
+    write_adm(tmp_path / "adm.npz")
+    whole = (tmp_path / "adm.npz").read_bytes()
+    at = whole.rindex(b"sigma.npy")  # in the table of contents at the end, which no checksum covers
+    (tmp_path / "adm.npz").write_bytes(whole[:at] + b"S" + whole[at + 1 :])
+    with pytest.raises(ReferenceError, match=r"adm\.npz is damaged \(File name in directory .* differ"):
+        is_adm_reference(tmp_path / "adm.npz")
+
+
 def test_adm_reference_that_does_not_fit(tmp_path):
     write_adm(tmp_path / "adm.npz", sigma=np.zeros((4, 4)))
     with pytest.raises(ReferenceError, match=r"mu and sigma are \[5\] and \[4, 4\], not \[d\] and \[d, d\]"):

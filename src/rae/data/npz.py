@@ -24,6 +24,7 @@ from rae.data.image_set import ImageError, Images, digest
 
 IMAGES, LABELS = "arr_0", "arr_1"  # as np.savez(file, images, labels) calls them
 BLOCK = 2**20  # bytes read at a time
+END = 22  # bytes of the last record of a zip file, before its comment
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)  # of zipfile and NumPy
 NO_CLASSES = "or leave classes alone with data.label= and nothing behind it."
@@ -75,6 +76,7 @@ def _read(ends: list[int], reads: list[Callable[[int], np.ndarray]], index: int)
 def _open(file: Path, image: str, label: str | None) -> tuple[Batch, tuple[list[int], int] | None]:
     try:
         with zipfile.ZipFile(file) as archive:
+            check_directory(archive)
             held = {name.removesuffix(".npy"): name for name in archive.namelist()}
             _check_held(file, held, image, label)
             with Console(stderr=True).status(f"Check {file}"):
@@ -85,6 +87,24 @@ def _open(file: Path, image: str, label: str | None) -> tuple[Batch, tuple[list[
         if isinstance(error, ImageError):
             raise
         raise ImageError(f"{file} is damaged, cut short or no .npz file ({error}): copy it again, whole.") from error
+
+
+def check_directory(archive: zipfile.ZipFile) -> None:
+    """Whether the table of contents at the end of a file lists all that is in it, by the names that stand there.
+
+    No checksum covers it. A flipped bit hides an array otherwise, which then seems never to have been: labels, say.
+
+    Raises:
+        zipfile.BadZipFile: it does not.
+    """
+    with open(archive.filename, "rb") as file:
+        file.seek(-END - len(archive.comment), os.SEEK_END)
+        told = int.from_bytes(file.read(END)[10:12], "little")
+    # 0xFFFF: a writer of large files other than Python's may keep the number elsewhere
+    if told not in (found := len(archive.infolist()), 0xFFFF):
+        raise zipfile.BadZipFile(f"{told} arrays are announced, {found} are listed")
+    for member in archive.infolist():
+        archive.open(member).close()  # which compares the names
 
 
 def _check_held(file: Path, held: dict[str, str], image: str, label: str | None) -> None:

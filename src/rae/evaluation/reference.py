@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rae.config import Config, Size, parse
+from rae.data.npz import UNREADABLE, check_directory
 from rae.data.order import epoch_order
 from rae.evaluation.frechet import Moments
 from rae.folders import aside
@@ -169,11 +170,19 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def is_adm_reference(path: Path) -> bool:
-    """Whether a file is one of ADM's reference batches: an .npz that holds `mu` and `sigma`."""
+    """Whether a file is one of ADM's reference batches: an .npz that holds `mu` and `sigma`.
+
+    Raises:
+        ReferenceError: it is damaged, so that arrays may have been there that are not found.
+    """
     if path.suffix != ".npz" or not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            check_directory(archive)
+            return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
+    except UNREADABLE as error:
+        raise ReferenceError(f"{path} is damaged ({error}); copy it again, whole.") from error
 
 
 def read_adm_reference(path: Path) -> dict[str, Gaussian]:
@@ -196,7 +205,7 @@ def read_adm_reference(path: Path) -> dict[str, Gaussian]:
                     shapes = f"{list(mean.shape)} and {list(covariance.shape)}"
                     raise ReferenceError(f"{path}: {names[0]} and {names[1]} are {shapes}, not [d] and [d, d].")
                 moments[kind] = Gaussian(mean, covariance)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (*UNREADABLE, KeyError) as error:
         if isinstance(error, ReferenceError):
             raise
         raise ReferenceError(f"{path} cannot be read ({error}); download it again.") from error
