@@ -1,0 +1,22 @@
+"""`rae experiment`: the paper's claims shown again in small, each by a study that is declared before it runs.
+
+    frame.py    what a study is: a question, a claim, a protocol, a rule
+    runner.py   runs what is missing of it, in rows that a killed run does not lose
+    page.py     rows => a table, figures, a verdict
+
+Every other file is one study, `STUDY`, or what several of them share.
+"""
+
+import difflib
+import importlib
+
+NAMES = ("theorem", "overfit")
+
+
+def find_study(name: str):
+    """The study of that name; ValueError names the nearest."""
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(NAMES)}."
+        raise ValueError(f"no study {name!r}; {hint}")
+    return importlib.import_module(f"rae.experiments.{name}").STUDY

@@ -1,0 +1,121 @@
+"""Rows of a study => NAME.md and NAME.svg: our numbers with error bars beside the paper's, the verdict, its reason."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rae.evaluation.report import Piece, markdown, note, paragraph, table
+from rae.experiments.frame import Config, Difference, Results, Row, Study, Summary, Verdict
+from rae.folders import aside
+
+QUICK = "QUICK: a few steps of a few numbers, to show that the code runs. The figures mean nothing."
+
+
+def write_page(study: Study, configs: Mapping[str, Config], rows: Sequence[Row], seeds: int, out: Path) -> Path:
+    """Write `out`/NAME.md and its figures NAME.svg, NAME-2.svg, ..., of the rows that there are.
+
+    Args:
+        study: which one.
+        configs: what each setting was run with.
+        rows: of any of these settings and seeds.
+        seeds: how many there are to be.
+        out: a folder that exists.
+    """
+    results = Results(rows)
+    missing = [f"{name}, seed {s}" for name in configs for s in range(seeds) if s not in results.seeds(name)]
+    verdict = judge(study, results)
+    head = [
+        paragraph(f"Question: {study.question}"),
+        paragraph(f"The paper: {study.claim}"),
+        note(f"{verdict.says}: {verdict.reason}"),
+    ]
+    if any("quick" in config for config in configs.values()):
+        head.insert(0, note(QUICK))
+    if missing:
+        shown = "; ".join(missing[:8]) + (f"; and {len(missing) - 8} more" if len(missing) > 8 else "")
+        head.append(note(f"{len(missing)} of {len(configs) * seeds} runs are missing: {shown}."))
+    sections = {
+        "": head,
+        "Results": [*_results(study, results), *(study.figures(results) if rows else ())],
+        "How it was decided": [paragraph(study.rule)],
+        "How it was done": [*_protocol(configs), *_cost(rows)],
+    }
+    names = iter([f"{study.name}.svg", *(f"{study.name}-{k}.svg" for k in range(2, 100))])
+
+    def save(data: bytes, _: str) -> str:
+        name = next(names)
+        with aside(out / name) as file:
+            file.write_bytes(data)
+        return name
+
+    text = markdown(f"Study: {study.name}", sections, save)
+    with aside(out / f"{study.name}.md") as file:
+        file.write_text(text)
+    return out / f"{study.name}.md"
+
+
+def judge(study: Study, results: Results) -> Verdict:
+    """The study's own verdict, once every setting has a row; none of the quick form."""
+    if any("quick" in row["config"] for row in results.rows):
+        return Verdict("cannot tell", "this is the quick form.")
+    if absent := [name for name in study.settings if not results.seeds(name)]:
+        return Verdict("cannot tell", f"{len(absent)} of {len(study.settings)} settings have not been run.")
+    return study.judge(results)
+
+
+def _results(study: Study, results: Results) -> list[Piece]:
+    settings = [name for name in study.settings if results.seeds(name)]
+    if not settings:
+        return []
+    lines = []
+    for name in settings:
+        paper = (study.paper or {}).get(name, {})
+        lines.append([name, *(_cell(results[name, number], paper.get(number)) for number in study.shown)])
+    most = max(len(results.seeds(name)) for name in settings)
+    of_paper = " In small: the paper's own number." if study.paper else ""
+    pieces = [
+        table(["setting", *study.shown.values()], lines),
+        paragraph(f"Mean ± standard deviation over {most} seeds, or as many as brackets say.{of_paper}"),
+    ]
+    found = [(pair, results.difference(*pair)) for pair in study.pairs]
+    if lines := [_difference(study, *pair, value) for pair, value in found if value]:
+        pieces.append(paragraph("Differences, seed by seed, ± the standard error of their mean:"))
+        pieces.append(table(["number", "difference", "value"], lines))
+    return pieces
+
+
+def _cell(value: Summary, paper: float | None) -> str:
+    spread = "" if value.std is None or value.std < 1e-12 else f" ± {value.std:.1g}"
+    text = f"{value.mean:.4g}{spread}" + ("" if value.count > 2 else f" ({value.count})")
+    return text if paper is None else f"{text}\npaper: {paper:g}"
+
+
+def _difference(study: Study, number: str, a: str, b: str, value: Difference) -> list[str]:
+    spread = "" if value.error is None else f" ± {value.error:.1g}"
+    return [study.shown[number], f"{a} − {b}", f"{value.mean:+.4g}{spread} ({value.count} pairs)"]
+
+
+def _protocol(configs: Mapping[str, Config]) -> list[Piece]:
+    """What all settings share, and what each has for itself."""
+    first, *others = configs.values()
+    shared = [key for key in first if all(key in other and other[key] == first[key] for other in others)]
+    own = list(dict.fromkeys(key for config in configs.values() for key in config if key not in shared))
+    pieces = [table(["for all settings", ""], [[key, _value(first[key])] for key in shared])]
+    if own:
+        lines = [[name, *(_value(config.get(key, "–")) for key in own)] for name, config in configs.items()]
+        pieces.append(table(["setting", *own], lines))
+    return pieces
+
+
+def _value(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _cost(rows: Sequence[Row]) -> list[Piece]:
+    if not rows:
+        return []
+    where = sorted({f"{row['hardware']}, {row['threads']} thread(s), torch {row['versions']['torch']}" for row in rows})
+    commits = sorted({row["commit"] or "unknown" for row in rows})
+    wall, cpu = (sum(row[name] for row in rows) / 60 for name in ("seconds", "cpu_seconds"))
+    text = f"Cost: {len(rows)} runs, {cpu:.1f} minutes of processor time, {wall:.1f} minutes by the clock"
+    return [paragraph(f"{text}, on {'; '.join(where)}. Commits: {', '.join(commits)}.")]
