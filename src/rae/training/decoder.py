@@ -5,6 +5,7 @@ images --Stream--> [0,1] images [B,3,H,W] --Encoder--> tokens [B,N,C] --add_nois
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from rae.data.order import noise_draws
 from rae.evaluation.frechet import Moments, frechet_distance
 from rae.evaluation.reconstruction import WINDOW, psnr, ssim
 from rae.training.checkpoint import load_optimizers, load_weights, optimizer_tensors, save_training_state
-from rae.training.latents import cache_tokens, check_crop, latent_statistics
+from rae.training.latents import LatentCache, cache_tokens, check_crop, latent_statistics
 from rae.training.objective import LossConfig, Objective, Part
 from rae.training.optim import (
     OptimConfig,
@@ -106,12 +107,14 @@ class DecoderRecipe(Config):
         return self
 
 
-def train_decoder(recipe: DecoderRecipe, folder: str | Path) -> Path:
+def train_decoder(recipe: DecoderRecipe, folder: str | Path, *, tokens: LatentCache | None = None) -> Path:
     """Train a decoder. Called again with the same arguments, it goes on where it was interrupted.
 
     Args:
         recipe: what to train.
         folder: the run's folder; `RAE.from_pretrained(folder)` loads its newest EMA weights.
+        tokens: of the training images, as `cache_tokens` gives them, where several decoders are trained on the same;
+            None = encode what `recipe.tokens` says.
 
     Returns:
         The folder.
@@ -135,6 +138,8 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path) -> Path:
         )
         config = recipe.decoder.describe(described)
         _check_sizes(described, config)
+        if tokens:
+            _check_tokens(tokens, recipe, (1 + recipe.data.flip, len(images), math.prod(config.grid), described.width))
 
         # --- construct ------------------------------------------------------------------------------------------------
         encoder = open_encoder(described).to(device)
@@ -166,7 +171,8 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path) -> Path:
             network = torch.compile(network)  # after the EMA was copied: it averages the weights themselves
         stream = Stream(images, recipe.data, config.output_size, recipe.seed)
         resize = config.output_size != described.image_size  # up-sampling decoder: the encoder sees fewer pixels
-        cache = cache_tokens(encoder, images, recipe.data, config.output_size) if recipe.tokens == "memory" else None
+        if recipe.tokens == "memory" and not tokens:
+            tokens = cache_tokens(encoder, images, recipe.data, config.output_size)
 
         def prepare(batch: dict[str, torch.Tensor]) -> Iterator[Part]:
             """The micro-batches of a step."""
@@ -175,13 +181,13 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path) -> Path:
             ):
                 image, positions = to_unit(image.to(device)), positions.tolist()
                 # [0,1] images [B,3,H,W] -> tokens [B,N,C]
-                if cache:
-                    tokens = cache.take(positions, recipe.seed)[0].to(device)
+                if tokens:
+                    clean = tokens.take(positions, recipe.seed)[0].to(device)
                 else:
-                    tokens = encoder(image, resize=resize)
-                noise, u = noise_draws(positions, recipe.seed, tokens.shape[1:], device)
+                    clean = encoder(image, resize=resize)
+                noise, u = noise_draws(positions, recipe.seed, clean.shape[1:], device)
                 sigma = draw_sigma(recipe.noise.law, recipe.noise.tau, _of_law(recipe.noise.law, u[:, 0]))
-                yield Part(image, tokens, add_noise(tokens, sigma.to(device), noise), positions)
+                yield Part(image, clean, add_noise(clean, sigma.to(device), noise), positions)
 
         def save_model(folder: Path) -> None:
             rae.save_pretrained(folder / "model")
@@ -225,6 +231,16 @@ def _check_sizes(encoder: EncoderConfig, decoder: DecoderConfig) -> None:
             f"the decoder's {decoder.grid[0]} x {decoder.grid[1]} tokens of {decoder.patch_size} pixels make images of "
             f"{out_height} x {out_width}, the encoder takes {height} x {width}; they must be equal, or a whole "
             f"multiple for an up-sampling decoder. decoder.patch_size={height / decoder.grid[0]:g} makes them equal."
+        )
+
+
+def _check_tokens(tokens: LatentCache, recipe: DecoderRecipe, wanted: tuple[int, ...]) -> None:
+    if recipe.tokens != "memory":
+        raise ConfigError(f"tokens are given, and the recipe says tokens: {recipe.tokens}; take tokens: memory.")
+    if tuple(tokens.latents.shape) != wanted:
+        raise ConfigError(
+            f"tokens of shape {list(tokens.latents.shape)} are given, the recipe's images make {list(wanted)} (views, "
+            "images, tokens, channels); give those that `cache_tokens` makes of them."
         )
 
 
