@@ -143,7 +143,7 @@ def test_every_parameter_is_in_one_group():
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_optimizers_do_what_torch_does(name):
     torch.manual_seed(0)
-    ours, theirs = Blocks(), Blocks()
+    ours, theirs = Blocks().double(), Blocks().double()
     theirs.load_state_dict(ours.state_dict())
     config = OptimConfig(name=name, lr=0.1, ema=0.9, weight_decay=0.01, betas=(0.8, 0.7))
     optimizers = build_optimizers(config, parameter_groups(ours))
@@ -156,9 +156,10 @@ def test_optimizers_do_what_torch_does(name):
     for _ in range(3):
         for model in (ours, theirs):
             model.zero_grad()
-            (model(torch.ones(2, 6)).square().sum() + model.embed(torch.ones(1, 4)).square().sum()).backward()
+            x, y = torch.ones(2, 6, dtype=torch.float64), torch.ones(1, 4, dtype=torch.float64)
+            (model(x).square().sum() + model.embed(y).square().sum()).backward()
         set_lr(optimizers, 0.05)
         for optimizer in [*optimizers, adamw, *([muon] if name == "muon" else [])]:
             optimizer.step()
     for a, b in zip(ours.parameters(), theirs.parameters()):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)  # ours is one kernel, which rounds in another order

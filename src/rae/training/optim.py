@@ -73,7 +73,8 @@ def build_optimizers(config: OptimizerConfig, groups: Groups) -> list[torch.opti
             arXiv 2502.16982), so one value and one schedule serve both.
         groups: named parameters, "matrices" (2-D, inside the blocks) and "others", as `model.parameter_groups()`.
     """
-    adamw = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
+    # One kernel for all of a step, several times as fast as one operation after another, on a CPU as well.
+    adamw = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay, "fused": True}
     if config.name == "adamw":
         return [torch.optim.AdamW([*groups["matrices"], *groups["others"]], **adamw)]
     muon = torch.optim.Muon(
