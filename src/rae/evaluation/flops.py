@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -277,3 +277,73 @@ def _resnet(inputs: int, outputs: int, places: int) -> Cost:
     shortcut = linear(inputs, outputs, places) if inputs != outputs else Cost()
     norms = norm(inputs, places) + norm(outputs, places)
     return norms + linear(9 * inputs, outputs, places) + linear(9 * outputs, outputs, places) + shortcut
+
+
+# --- what is published -----------------------------------------------------------------------------------------------
+
+_EPOCH = 1_281_167  # ImageNet's training images
+
+
+class Published(NamedTuple):
+    """A figure of arXiv 2510.11690, and the same counted here.
+
+    Attributes:
+        where: table, figure or section.
+        what: the network.
+        printed: as it stands there.
+        counted: ours, at the precision that is printed.
+        by: what is counted, and how it is rounded.
+    """
+
+    where: str
+    what: str
+    printed: str
+    counted: str
+    by: str
+
+
+def published() -> list[Published]:
+    """Every GFLOPs figure of the paper, by the convention that comes nearest; not all are met."""
+    shape = {"latent_channels": 768, "patch_size": 16, "grid": (16, 16)}
+    decoders = {name: decoder(DecoderConfig.of_size(name, **shape)) for name in ("ViT-B", "ViT-L", "ViT-XL")}
+    vae = sd_vae(SD_VAE, (256, 256))
+    _, dinov2 = encoder("dinov2-base-reg", image_size=256)
+    latents = {"in_channels": 768, "grid": (16, 16), "num_classes": 1000}
+    xl, dh_b, dh_xl = (
+        total(dit(config.of_size(size, **latents)).values())
+        for config, size in ((DiTConfig, "XL"), (DiTDHConfig, "B"), (DiTDHConfig, "XL"))
+    )
+    small = total(dit(DiTConfig.of_size("XL", **latents | {"in_channels": 384})).values())
+    counting = "multiply-adds of linear layers and convolutions, their biases, 2 for each normed number"
+    rows = [
+        Published("Table 1b", f"decoder {name}, GFLOPs", printed, f"{cost.counted / 1e9:.1f}", counting)
+        for (name, cost), printed in zip((decoders | {"SD-VAE": vae["SD-VAE decoder"]}).items(), _TABLE_1B)
+    ]
+    figure_2 = {"encoder DINOv2-B": dinov2, "decoder ViT-XL": decoders["ViT-XL"], **vae}
+    rows += [
+        Published("Figure 2", f"{name}, GFLOPs", printed, f"{cost.counted // 10**9}", "the same, digits cut off")
+        for (name, cost), printed in zip(figure_2.items(), ("22", "106", "135", "310"))
+    ]
+    sd = vae["SD-VAE decoder"].counted
+    rows += [
+        Published("Sec. 3", "decoder SD-VAE to ViT-B", "14", f"{sd / decoders['ViT-B'].counted:.0f}", "as Table 1b"),
+        Published("Table 8", "DiT-XL on DINOv2-S, M parameters", "676", f"{small.parameters / 1e6:.0f}", "all"),
+        Published("Table 8", "DiT-DH-XL, M parameters", "839", f"{dh_xl.parameters / 1e6:.0f}", "all"),
+    ]
+    for epochs, printed in ((80, "5e10"), (800, "5e11")):
+        work = f"{3 * dh_xl.macs * _EPOCH * epochs / 1e9:.0e}".replace("+", "")
+        by = f"{epochs} epochs, backwards as twice forwards; multiply-adds with attention"
+        rows.append(Published("Sec. 5", "training of DiT-DH-XL, GFLOPs", printed, work, by))
+    share = f"{dh_b.macs / xl.macs:.0%}"
+    rows.append(Published("Sec. 5", "training of DiT-DH-B to DiT-XL", "40%", share, "multiply-adds, as many epochs"))
+    heads = (1152, 16, 6), (2048, 16, 4), (2048, 16, 2)
+    config = DiTDHConfig.of_size("XL", **latents)
+    for width, count, depth in heads:
+        head = dit_blocks(config, width, count, depth, conditions=256)
+        told = "not at hand" if depth == 4 else "similar GFLOPs"
+        what = f"head of {depth} blocks, {width} wide, GFLOPs"
+        rows.append(Published("Table 16", what, told, f"{head.flops / 1e9:.0f}", "blocks alone, 2 for a multiply-add"))
+    return rows
+
+
+_TABLE_1B = ("22.2", "78.1", "106.7", "310.4")
