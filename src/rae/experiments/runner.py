@@ -148,11 +148,13 @@ def _left(rows: Sequence[Row], pending: Sequence[tuple[str, int]]) -> float:
 def _check(study: Study, out: Path | None, seeds: int, quick: bool, source: str | None, changes: Config) -> None:
     if seeds < 1:
         raise ValueError(f"{seeds} seeds; give 1 or more, 3 for an error bar that means something.")
-    keys = {key for own in (study.protocol, *study.settings.values()) for key in own}
-    if unknown := sorted(changes.keys() - keys):
-        raise ValueError(
-            f"the protocol of {study.name} has no {unknown[0]!r} to change; it has {', '.join(sorted(keys))}."
-        )
+    known = {key: value for own in (*study.settings.values(), study.protocol) for key, value in own.items()}
+    for key, value in changes.items():
+        if key not in known:
+            raise ValueError(f"the protocol of {study.name} has no {key!r} to change; it has {', '.join(known)}.")
+        was = known[key]
+        if type(value) is not type(was) and (type(was), type(value)) != (float, int):
+            raise ValueError(f"{key} is {was!r} in the protocol of {study.name}; {value!r} is of another kind.")
     if source and not study.source:
         raise ValueError(f"{study.name} reads no images, and was given {source}; leave --data out.")
     if quick and out is not None and out.resolve().name == "results":
