@@ -33,6 +33,7 @@ from rae.diffusion.model import DiffusionModel
 from rae.diffusion.sampling import generate
 from rae.evaluation.features import Extractor, open_extractor
 from rae.evaluation.frechet import distance_between, normal_of
+from rae.evaluation.reconstruction import psnr
 from rae.experiments.frame import Config, Numbers, Place
 from rae.experiments.metric import Judge, load_judge, read, save_judge, train_judge
 from rae.folders import aside
@@ -42,6 +43,7 @@ from rae.training.dit_recipe import DiTRecipe
 from rae.training.latents import LatentCache, latent_statistics
 from rae.training.run import DTYPES
 
+SOURCE = "hf:zalando-datasets/fashion_mnist"
 # What a study's protocol takes over; it changes what it is about.
 WORLD: Config = {
     "image_size": 28,
@@ -57,10 +59,10 @@ WORLD: Config = {
     "decoder_batch": 64,
     "decoder_lr": 3e-3,  # Muon's, as a cosine to a hundredth
     "network": "dit-dh",
-    "size": [192, 4, 4],  # width, heads, depth
-    "head": [384, 6, 2],
+    "size": [192, 4, 5],  # width, heads, depth
+    "head": [384, 6, 1],
     "shift": 2.5,  # of the times, in training and sampling
-    "steps": 900,
+    "steps": 600,
     "batch": 64,
     "lr": 4e-3,  # Muon's, as a cosine to a hundredth
     "ema": 0.98,
@@ -71,6 +73,22 @@ WORLD: Config = {
     "samples": 500,
     "sampling_steps": 25,  # Euler, calls, ending at 0
     "judge_steps": 800,
+}
+# What the quick form of a study takes over: seconds, with an encoder of any size.
+QUICK: Config = {
+    "images": 48,
+    "held_out": 24,
+    "enlarge": True,
+    "decoder": [16, 1, 2, 32],
+    "decoder_steps": 2,
+    "decoder_batch": 4,
+    "size": [16, 2, 1],
+    "head": [16, 2, 1],
+    "steps": 4,
+    "batch": 4,
+    "samples": 20,
+    "sampling_steps": 2,
+    "judge_steps": 4,
 }
 # What each part depends on.
 DATA = ("data", "image_size", "images", "held_out", "enlarge")
@@ -243,15 +261,15 @@ def train(config: Config, seed: int, place: Place) -> Path:
     Returns:
         The run's folder: `load(folder, config)` is its model, `load(folder, config, kept=k)` the k-th of `keep_at`.
     """
+    config = {**config, "head": config["head"] if config["network"] == "dit-dh" else None}
     folder = folder_of("model", config, MODEL, place, seed=seed)
     cache, of = latents(config, place), folder_of("space", config, SPACE, place)
     return train_dit(dit_recipe(config, seed, data(config, place), rae=of, latents=cache), folder)
 
 
 def dit_recipe(config: Config, seed: int, files: Data, *, rae: Path, latents: Path) -> DiTRecipe:
-    """Stage 2 of a config: Muon, a cosine to a hundredth, so that the weights are good at the end."""
-    network = {"kind": config["network"], "size": config["size"], "allow_narrow": True}
-    network |= {"head": config["head"]} if config["network"] == "dit-dh" else {}
+    """Stage 2 of a config (whose `head` is None for a DiT): Muon, a cosine to a hundredth, so that it ends well."""
+    network = {"kind": config["network"], "size": config["size"], "head": config["head"], "allow_narrow": True}
     grid = config["image_size"] // _patch(config)
     base = round(_encoder(config).width * grid**2 / config["shift"] ** 2)  # shift = sqrt(m / base)
     return DiTRecipe(
@@ -334,6 +352,21 @@ def judge(images: Tensor, labels: Tensor | None, config: Config, place: Place) -
     if labels is not None:
         numbers["agreement"] = (found["classes"] == labels).double().mean().item()
     return numbers
+
+
+def reconstruction(config: Config, seed: int, place: Place) -> Numbers:
+    """fd_dino and fd_net of reconstructions of the first `samples` held-out images, against all of them; psnr in dB."""
+    file = folder_of("decoder", config, DECODER, place, seed=seed) / f"reconstruction-{config['samples']}.json"
+    if not file.exists():
+        autoencoder = decoder(config, seed, place)
+        images, _ = pictures(config, place, "held_out", config["samples"])
+        with torch.no_grad():
+            z = torch.cat([autoencoder.encode(to_unit(part)) for part in images.split(100)])
+        again = decode(autoencoder, z)
+        numbers = judge(again, None, config, place) | {"psnr": psnr(to_unit(again), to_unit(images)).mean().item()}
+        with aside(file) as hidden:
+            hidden.write_text(json.dumps(numbers))
+    return json.loads(file.read_text())
 
 
 def latent_distance(z: Tensor, config: Config, place: Place) -> float:

@@ -1,0 +1,72 @@
+"""How studies of trained models decide: differences seed by seed, of which a claim says that they are above 0.
+
+A claim holds if its interval (`Difference.interval`) is above 0, and that of a second metric, where there is one, is
+not below; it fails if its interval is below 0 and that of the second metric not above; else it is open.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from rae.experiments.frame import Difference, Results, Verdict
+
+RULE = (
+    "A claim holds if the difference that it is about is above 0 by the interval of its mean over the seeds (± the "
+    "95 % quantile of Student's t times the standard error), and the second metric's is not below 0 by its own; it "
+    "fails if its interval is below 0 and the second metric's not above; else it is open. Agrees if all claims hold, "
+    "does not agree if one fails, cannot tell otherwise."
+)
+
+
+class Claim(NamedTuple):
+    """What is said, and differences that are above 0 if it is true: of the metric that decides, of a second one."""
+
+    says: str
+    difference: Difference | None
+    second: Difference | None = None
+
+    @property
+    def finding(self) -> Literal["holds", "fails", "open"]:
+        low, high = _interval(self.difference)
+        second_low, second_high = _interval(self.second)
+        if low > 0 and second_high >= 0:
+            return "holds"
+        return "fails" if high < 0 and second_low <= 0 else "open"
+
+    def __str__(self) -> str:
+        second = f", {_text(self.second)} by the second metric" if self.second else ""
+        return f"{self.says}: {self.finding} ({_text(self.difference)}{second})"
+
+
+def _interval(difference: Difference | None) -> tuple[float, float]:
+    return difference.interval if difference else (-math.inf, math.inf)
+
+
+def _text(difference: Difference | None) -> str:
+    if difference is None:
+        return "not measured"
+    spread = "one seed" if difference.error is None else f"± {difference.error:.2g}, {difference.count} seeds"
+    return f"{difference.mean:+.3g}, {spread}"
+
+
+def paired(results: Results, first: tuple[str, str], second: tuple[str, str]) -> Difference | None:
+    """first - second, seed by seed, each (setting, number); None where they have no seed in common."""
+    a, b = results.values(*first), results.values(*second)
+    found = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+    if not found:
+        return None
+    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None
+    return Difference(statistics.fmean(found), error, len(found))
+
+
+def better(results: Results, says: str, this: str, than: str) -> Claim:
+    """The claim that one setting's samples are better than another's, by fd_dino and, as second metric, fd_net."""
+    return Claim(says, *(results.difference(number, than, this) for number in ("fd_dino", "fd_net")))
+
+
+def decide(claims: Sequence[Claim], besides: str = "") -> Verdict:
+    """The verdict of all claims by `RULE`; `besides` is said and decides nothing."""
+    findings = {claim.finding for claim in claims}
+    says = "does not agree" if "fails" in findings else "cannot tell" if "open" in findings else "agrees"
+    return Verdict(says, "; ".join(map(str, claims)) + "." + (f" {besides}" if besides else ""))
