@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 
 from rae.autoencoder.baselines import open_autoencoder
 from rae.data.images import to_unit
-from rae.experiments.vae import VAERecipe, build_vae, train_vae, vae_loss
+from rae.experiments.vae import VAERecipe, build_vae, train_vae, vae_loss, with_margin
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -117,3 +117,12 @@ def test_wrong_input_is_named(trained, tmp_path):
     with pytest.raises(FloatingPointError, match=r"at step \d+; a lower lr than 1e\+30"):
         train_vae(recipe(lr=1e30), pictures(8), tmp_path / "vae")
     assert not (tmp_path / "vae").exists()
+
+
+def test_a_margin_continues_the_edge_and_comes_off_again():
+    images = torch.randint(0, 256, (2, 3, 5, 6), dtype=torch.uint8)
+    wider = with_margin(images, 2)
+    assert (wider.shape, wider.dtype) == ((2, 3, 9, 10), torch.uint8)
+    assert torch.equal(wider[:, :, 2:-2, 2:-2], images)
+    assert torch.equal(wider[:, :, 0, 2:-2], images[:, :, 0])
+    assert torch.equal(wider[:, :, 2:-2, -1], images[:, :, :, -1])

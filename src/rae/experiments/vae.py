@@ -12,18 +12,34 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from rae.config import Config, Size
 from rae.data.images import to_unit
 from rae.data.order import batch_positions, image_index
-from rae.experiments.frame import draws, seed_of
+from rae.experiments import world
+from rae.experiments.frame import Config as Protocol
+from rae.experiments.frame import Place, draws, seed_of
+from rae.folders import aside
 from rae.training.display import progress
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
+
+
+# What a study's protocol takes over, besides that of the small world.
+VAE: Protocol = {
+    "vae_margin": 2,  # pixels by which edges are continued on every side: 28 do not shrink to 4 x 4 tokens, 32 do
+    "vae_widths": [16, 32, 64],  # 8 x 8 latents of 32 x 32 pixels
+    "vae_beta": 1e-3,
+    "vae_steps": 1500,
+    "vae_batch": 16,
+    "vae_lr": 2e-3,
+}
 
 
 class VAERecipe(Config):
@@ -120,6 +136,49 @@ def train_vae(recipe: VAERecipe, images: Tensor, folder: str | Path) -> Path:
     (hidden / "recipe.json").write_text(json.dumps(about) + "\n")
     hidden.rename(folder)
     return folder
+
+
+def side_of(config: Protocol) -> int:
+    """Pixels per side of the images that the VAE sees."""
+    return config["image_size"] + 2 * config["vae_margin"]
+
+
+def with_margin(images: Tensor, margin: int) -> Tensor:
+    """uint8 [N,3,H,W] -> [N,3,H+2m,W+2m]: the pixels at the edge, continued; [..., m:-m, m:-m] takes it off again."""
+    return F.pad(images.float(), (margin,) * 4, mode="replicate").byte()
+
+
+def data(config: Protocol, place: Place) -> world.Data:
+    """The small world's images, with margins."""
+    folder = world.folder_of("data-margin", config, (*world.DATA, "vae_margin"), place)
+    files = world.Data(folder / "train.npz", folder / "held_out.npz", folder / "classes.json")
+    if not files.class_names.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for part, file in (("train", files.train), ("held_out", files.held_out)):
+            images, labels = world.pictures(config, place, part)
+            wider = with_margin(images, config["vae_margin"]).permute(0, 2, 3, 1)
+            with aside(file) as hidden, hidden.open("wb") as stream:
+                np.savez(stream, arr_0=wider.numpy(), arr_1=labels.numpy())
+        with aside(files.class_names) as hidden:
+            hidden.write_text(world.data(config, place).class_names.read_text())
+    return files
+
+
+def vae_of(config: Protocol, seed: int, place: Place) -> str:
+    """The VAE of the small world's training images, as `open_autoencoder` takes it; trained where it is not yet.
+
+    Args:
+        config: `world.WORLD` and `VAE`.
+        seed: of its weights, order and noise.
+        place: where it lies.
+    """
+    side = side_of(config)
+    settings = {name: config[f"vae_{name}"] for name in ("widths", "beta", "steps", "batch", "lr")}
+    folder = world.folder_of("vae", config, (*world.DATA, *VAE), place, seed=seed)
+    if not folder.exists():
+        images = with_margin(world.pictures(config, place, "train")[0], config["vae_margin"])
+        train_vae(VAERecipe(seed=seed, image_size=side, **settings), images, folder)
+    return f"sd-vae:{folder}@{side}"
 
 
 def _fit(vae: "AutoencoderKL", recipe: VAERecipe, images: Tensor) -> list[dict[str, float]]:
