@@ -10,7 +10,7 @@ In DiT-DH that stream is the head's alone.
 """
 
 import functools
-import statistics
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,10 +27,10 @@ from rae.diffusion.sampling import euler, time_grid
 from rae.evaluation.flow_loss import latent_moments, width_bound
 from rae.evaluation.report import Piece, curves
 from rae.experiments.frame import Config, Numbers, Place, Results, Study, Verdict, draws, seed_of
+from rae.training.run import DTYPES
 
 EARLY = 1 / 8  # below it most of the loss of a wide network lies: it must amplify x_t by 1 / t
-CONVERGED = 0.02  # what a loss may still have fallen in the last quarter of the steps
-ROUNDING = 0.005  # of an evaluated loss, below a bound
+CHANCE = 0.01  # what the noise of an evaluation may take from a loss or an error: four standard deviations
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------
@@ -49,7 +49,11 @@ def image_latents(config: Config, seed: int, source: str) -> Tensor:
     LayerNorm of its own, side by side. k = 1 is what the encoder puts out.
     """
     encoder, images = _encoder(config["encoder"], config["image_size"]), open_images(source)
-    pixels, _ = images[seed % len(images)]
+    if seed >= len(images):
+        raise ValueError(
+            f"seed {seed} is image {seed}, and {source} has {len(images)}; fewer --seeds, or other --data."
+        )
+    pixels, _ = images[seed]
     # uint8 [H,W,3] -> [0,1] [1,3,h,w] -> network input
     cropped = to_tensor(center_crop(pixels, (config["image_size"], config["image_size"])))[None]
     x, count, depth = encoder.preprocess(to_unit(cropped)), config["layers"], encoder.config.depth
@@ -87,43 +91,40 @@ def run(config: Config, setting: str, seed: int, place: Place) -> Numbers:
         torch.manual_seed(seed_of("overfit", setting, seed, "weights"))
         network = build(described)
     flow = Flow(shift=config["shift"])
-    before, late = _train(network, flow, x, config, seed)
-    n, width = len(x[0]), described.output_width
-    loss, tail = evaluate(network, flow, x, config["evaluated"], seed)
+    _train(network, flow, x, config, seed)
+    loss, late_times = evaluate(network, flow, x, config["evaluated"], seed)
     return {
-        "n": n,
-        "width": width,
+        "n": len(x[0]),
+        "width": described.output_width,
         "depth": described.depth,
-        "bound": width_bound(latent_moments(x).covariance, width),
+        "bound": width_bound(latent_moments(x).covariance, described.output_width),
         "loss": loss,
-        "falling": before - loss,
-        "loss_late_times": tail,
-        "training_loss": late,
+        "loss_late_times": late_times,
         "sample_error": sample_error(network, flow, x, config, seed),
     }
 
 
-def _train(network: DiT, flow: Flow, x: Tensor, config: Config, seed: int) -> tuple[float, float]:
-    """In place. The evaluated loss after three quarters of the steps, and the training loss over the last tenth."""
+def _train(network: DiT, flow: Flow, x: Tensor, config: Config, seed: int) -> None:
+    """In place, by AdamW; its rate rises for 20 steps and falls to 0 as a cosine. bf16 is of matrix products alone."""
     optimiser = torch.optim.AdamW(
         network.parameters(), lr=config["lr"], betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
-    generator, steps, losses = draws("overfit", seed, "training"), config["steps"], []
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / config["steps"])) / 2
+    )
+    predict = functools.partial(network, dtype=DTYPES[config["precision"]])
+    generator = draws("overfit", seed, "training")
     batch, y = x.expand(config["batch"], -1, -1, -1), torch.zeros(config["batch"], dtype=torch.int64)
-    before = float("nan")
-    for step in range(steps):
-        if step == steps * 3 // 4:
-            before, _ = evaluate(network, flow, x, config["evaluated"], seed)
+    for step in range(config["steps"]):
         t = flow.times(torch.rand(len(batch), generator=generator))
         noise = torch.randn(batch.shape, generator=generator)
-        loss = flow.loss(network, batch, y, t, noise).mean()
+        loss = flow.loss(predict, batch, y, t, noise).mean()
         if not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss.item()} at step {step}; a lower lr than {config['lr']:g}.")
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-        losses.append(loss.item())
-    return before, statistics.fmean(losses[-max(1, steps // 10) :])
+        schedule.step()
 
 
 @torch.no_grad()
@@ -148,10 +149,10 @@ def sample_error(network: DiT, flow: Flow, x: Tensor, config: Config, seed: int)
     return ((samples - x).square().mean() / x.square().mean()).item()
 
 
-# --- judging ---------------------------------------------------------------------------------------------------------
+# --- settings and rule ------------------------------------------------------------------------------------------------
 
 BASE = {"n/2": 1 / 2, "2n/3": 2 / 3, "5n/6": 5 / 6, "n": 1.0, "7n/6": 7 / 6}  # the paper's widths, as fractions of n
-DEPTHS = (12, 16, 24)
+DEPTHS = (12, 24)
 WIDE_HEAD, NARROW_HEAD = "DiT-DH: trunk n/2, head n", "DiT-DH: trunk n, head n/2"
 SETTINGS = {f"d = {name}": {"width": width} for name, width in BASE.items()}
 SETTINGS |= {f"d = n/2, depth {depth}": {"width": 1 / 2, "depth": depth} for depth in DEPTHS}
@@ -163,74 +164,61 @@ SETTINGS |= {
     "3 layers, d = 3n/8": {"layers": 3, "width": 3 / 8, "depth": 2},
     "3 layers, d = n": {"layers": 3, "width": 1.0, "depth": 2},
 }
-NARROW = [name for name, own in SETTINGS.items() if own.get("head_width", own["width"]) < 1]
+# (narrower, wider): Theorem 1 asks for a difference between them of as much as their bounds differ.
+PAIRS = (
+    ("d = n/2", "d = n"),
+    ("d = 2n/3", "d = n"),
+    ("d = 5n/6", "d = n"),
+    *((f"d = n/2, depth {depth}", "d = n") for depth in DEPTHS),
+    (NARROW_HEAD, WIDE_HEAD),
+    ("2 layers, d = n/2", "2 layers, d = n"),
+    ("3 layers, d = 3n/8", "3 layers, d = n"),
+)
+JUDGED = ("loss", "sample_error")
 
 RULE = (
-    "Agrees if (1) no loss of a network whose output stream is narrower than n is below (n - d)/n, by more than 0.005; "
-    "(2) over d = n/2 to n the mean loss against (n - d)/n has a slope of 0.8 to 1.2; (3) at n/2 no depth up to 24 "
-    "brings the loss within 0.25 of what d = n has at depth 4; (4) with 2 and 3 layers d = n beats the narrow network "
-    "by half of that one's bound; (5) DiT-DH with a trunk of n/2 and a head of n is below 0.25, with a trunk of n and "
-    "a head of n/2 not below its bound; (6) samples: |sample - x|^2/|x|^2 is at least (n - d)/n below n (less 0.005) "
-    "and less than 0.1 from n on. Does not agree if one fails; cannot tell if a setting that it rests on has not "
-    "converged: its loss fell by more than 0.02 in the last quarter of the steps. The numbers of (2) to (6) were set "
-    "after twelve trial runs of 600 and 1,200 steps on the first photograph."
+    "Two things are asked. (1) No loss and no error of samples, of any run, is below (n - d)/n by more than 0.01. (2) "
+    "Of each pair of a narrower and a wider network, in the loss and in the error of samples: the narrower one is "
+    "worse by more than half of what their (n - d)/n differ by; half, because networks are not trained to the end. "
+    "Differences are taken seed by seed, and judged by their 90 % interval (Student's t). Agrees if (1) holds and all "
+    "intervals of (2) lie above that half. Does not agree if (1) fails, or an interval of (2) lies below it. Else "
+    "cannot tell. The pairs also set deep networks of n/2 against a shallow one of n, and a DiT-DH whose trunk alone "
+    "is wide against one whose head alone is. Learning rate and steps were chosen on the eighth photograph, which is "
+    "not among the seeds, with d = n (400 steps, 0.14) and with 3 layers (100 steps, 0.65); trial runs of an earlier "
+    "form of this study (fp32, a constant rate, 600 and 1,200 steps), twelve of them on the first photograph, had "
+    "been seen."
 )
 
 
 def judge(results: Results) -> Verdict:
     """By `RULE`."""
-
-    def mean(setting: str, number: str = "loss") -> float:
-        return results[setting, number].mean
-
-    below = [row for row in results.rows if row["setting"] in NARROW]
-    if under := [row for row in below if row["numbers"]["loss"] < row["numbers"]["bound"] - ROUNDING]:
-        first = under[0]["numbers"]
-        return Verdict(
-            "does not agree", f"{under[0]['setting']}: loss {first['loss']:.4f}, bound {first['bound']:.4f}."
-        )
-    widths = ["d = n/2", "d = 2n/3", "d = 5n/6", "d = n"]
-    slope = statistics.linear_regression([mean(s, "bound") for s in widths], [mean(s) for s in widths]).slope
-    depths = [f"d = n/2, depth {depth}" for depth in DEPTHS]
-    deepest = min(mean(setting) for setting in depths)
-    layers = [("2 layers, d = n/2", "2 layers, d = n"), ("3 layers, d = 3n/8", "3 layers, d = n")]
-    gains = [mean(narrow) - mean(wide) for narrow, wide in layers]
-    needed = [mean(narrow, "bound") / 2 for narrow, _ in layers]
-    wide = [name for name in SETTINGS if name not in NARROW]
-    samples = all(mean(s, "sample_error") >= mean(s, "bound") - ROUNDING for s in NARROW)
-    samples = samples and all(mean(s, "sample_error") < 0.1 for s in wide)
-    claims = [
-        (f"the slope of the loss against (n - d)/n is {slope:.2f}", 0.8 <= slope <= 1.2, widths),
-        (
-            f"at n/2 the best of depths 12 to 24 has {deepest:.3f}, d = n at depth 4 {mean('d = n'):.3f}",
-            deepest - mean("d = n") >= 0.25,
-            [*depths, "d = n"],
-        ),
-        (
-            f"with 768 and 1,152 numbers a token (2 and 3 layers) d = n gains {gains[0]:.2f} and {gains[1]:.2f}",
-            all(gain >= need for gain, need in zip(gains, needed)),
-            [setting for pair in layers for setting in pair],
-        ),
-        (
-            f"it is the head that must be wide: {mean(WIDE_HEAD):.3f} with a wide head, {mean(NARROW_HEAD):.3f} with a "
-            "wide trunk",
-            mean(WIDE_HEAD) < 0.25,
-            [WIDE_HEAD],
-        ),
-        (
-            f"samples are off by {min(mean(s, 'sample_error') for s in NARROW):.2f} and more below n, by "
-            f"{max(mean(s, 'sample_error') for s in wide):.3f} and less from n on",
-            samples,
-            list(SETTINGS),
-        ),
-    ]
-    said = "no loss is below its bound; " + "; ".join(text for text, _, _ in claims) + "."
-    if not (failed := [(text, rests) for text, holds, rests in claims if not holds]):
-        return Verdict("agrees", said)
-    open_ = [setting for _, rests in failed for setting in rests if mean(setting, "falling") > CONVERGED]
-    if open_:
-        return Verdict("cannot tell", f"{failed[0][0]}, but {open_[0]} was still falling when it ended. All: {said}")
-    return Verdict("does not agree", f"{'; '.join(text for text, _ in failed)}. All: {said}")
+    for row in results.rows:
+        numbers = row["numbers"]
+        for name in JUDGED:
+            if numbers[name] < numbers["bound"] - CHANCE:
+                said = f"{name} {numbers[name]:.4f}, bound {numbers['bound']:.4f}"
+                return Verdict("does not agree", f"{row['setting']}, seed {row['seed']}: {said}.")
+    below, across = [], []
+    for narrow, wide in PAIRS:
+        half = (results[narrow, "bound"].mean - results[wide, "bound"].mean) / 2
+        for name in JUDGED:
+            found = results.difference(name, narrow, wide)
+            low, high = found.interval if found else (-math.inf, math.inf)
+            text = f"{name} of {narrow} less that of {wide}: {low:.3f} to {high:.3f}, half of the bounds' {half:.3f}"
+            if high < half:
+                below.append(text)
+            elif low <= half:
+                across.append(text)
+    if below:
+        return Verdict("does not agree", "; ".join(below) + ".")
+    if across:
+        return Verdict("cannot tell", "; ".join(across) + ".")
+    excess = [results[name, "loss"].mean - results[name, "bound"].mean for name in SETTINGS]
+    return Verdict(
+        "agrees",
+        f"no loss or error is below (n - d)/n, and the losses lie {min(excess):.2f} to {max(excess):.2f} above it, "
+        "whatever the width; no depth helps at n/2; what has to be wide is the stream that the output is read from.",
+    )
 
 
 def figures(results: Results) -> list[Piece]:
@@ -283,18 +271,18 @@ STUDY = Study(
         "shift": 1.0,
         "times": "uniform",
         "batch": 8,
-        "steps": 1000,
-        "optimiser": "AdamW (0.9, 0.95), constant rate, no averaging",
-        "lr": 5e-4,
-        "precision": "fp32",
+        "steps": 400,
+        "optimiser": "AdamW (0.9, 0.95), 20 steps of warm-up, cosine to 0, no averaging",
+        "lr": 1e-3,
+        "precision": "bf16",
         "evaluated": 256,
         "sampling_steps": 25,
         "sampler": "Euler, calls, ending at 0",
-        "samples": 8,
+        "samples": 32,
     },
     settings=SETTINGS,
     quick={"steps": 4, "batch": 2, "depth": 1, "evaluated": 16, "samples": 1, "sampling_steps": 2},
-    cost="about 75 minutes of one core",
+    cost="about 20 minutes of one core",
     rule=RULE,
     source="photographs",
     judge=judge,
@@ -305,7 +293,6 @@ STUDY = Study(
         "bound": "(n − d)/n",
         "loss": "loss",
         "loss_late_times": "loss at t > 1/8",
-        "falling": "fell in the last quarter",
         "sample_error": "error of samples",
     },
     figures=figures,
@@ -316,13 +303,5 @@ STUDY = Study(
         "3 layers, d = 3n/8": {"loss": 6.5e-1},
         "3 layers, d = n": {"loss": 2.2e-2},
     },
-    pairs=(
-        ("loss", "d = n/2", "d = n"),
-        ("loss", "d = n/2, depth 24", "d = n"),
-        ("loss", "d = n/2, depth 24", "d = n/2"),
-        ("loss", "d = n/2", WIDE_HEAD),
-        ("loss", NARROW_HEAD, WIDE_HEAD),
-        ("loss", "d = n", WIDE_HEAD),
-        ("sample_error", "d = n/2", "d = n"),
-    ),
+    pairs=tuple((name, *pair) for name in JUDGED for pair in PAIRS),
 )

@@ -85,8 +85,10 @@ def _results(study: Study, results: Results) -> list[Piece]:
 
 
 def _cell(value: Summary, paper: float | None) -> str:
-    spread = "" if value.std is None or value.std < 1e-12 else f" ± {value.std:.1g}"
-    text = f"{value.mean:.4g}{spread}" + ("" if value.count > 2 else f" ({value.count})")
+    rounding = 1e-9 * max(1, abs(value.mean))
+    mean = f"{value.mean:.4g}" if abs(value.mean) > rounding else "0"
+    spread = "" if value.std is None or value.std < rounding else f" ± {value.std:.1g}"
+    text = f"{mean}{spread}" + ("" if value.count > 2 else f" ({value.count})")
     return text if paper is None else f"{text}\npaper: {paper:g}"
 
 
