@@ -40,7 +40,7 @@ from rae.training.run import DTYPES
 GIB = 2**30
 SHARE = 0.35  # of a data sheet's peak: about the 350 TFLOP/s of an H100 that the recipes' headers assume
 DEPTH = 2  # blocks of the network that is measured in place of the whole
-LEFT_OUT = "reading images, the optimiser, evaluation and checkpoints are not in the hours"
+LEFT_OUT = "reading images, the optimiser, evaluation, checkpoints, what several devices tell each other"
 
 
 def print_cost(
@@ -81,9 +81,7 @@ def print_cost(
         subject = open_subject(name, overrides, images, classes)
         told = report(subject, devices)
         if device and not subject.recipe:
-            raise ConfigError(
-                f"--device: {name} is a saved model, which does not say how it is trained; give its recipe."
-            )
+            raise ConfigError(f"--device: {name} is a saved model, which tells nothing of training; give its recipe.")
         if device:
             told["estimate"] = estimate(subject, told, device, devices, SHARE if share is None else share, price)
         reports.append(told)
