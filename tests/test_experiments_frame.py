@@ -123,7 +123,7 @@ def test_an_error_leaves_a_page_of_the_rows_that_there_are(tmp_path):
         run_study(study(run=fails), tmp_path, seeds=1)
     page = (tmp_path / "small.md").read_text()
     assert "1 of 2 settings have not been run" in page
-    assert "1 of 2 runs are missing: b, seed 0." in page
+    assert "5 of 6 runs are missing: a, seed 1; a, seed 2; b, seed 0; b, seed 1; b, seed 2." in page
 
 
 def test_two_processes_do_not_share_rows(tmp_path):

@@ -25,7 +25,7 @@ def run_experiment(
     name: str,
     out: Path | None,
     *,
-    seeds: int,
+    seeds: int | None,
     quick: bool,
     source: str | None,
     work: Path | None,

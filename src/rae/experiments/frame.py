@@ -118,6 +118,7 @@ class Study:
         figures: of the rows that there are, which may be few: `curves` and `dots` of evaluation/report.py.
         source: where its images come from unless the user says otherwise; None = it reads none. What they are is
             added to the protocol, as "data".
+        seeds: how many, from 0; fewer than 3 where `cost` says why.
         paper: setting => number => what the paper has there, for the same column.
         pairs: (number, setting, setting) whose difference, seed by seed, is of interest.
     """
@@ -135,6 +136,7 @@ class Study:
     shown: Mapping[str, str]
     figures: Callable[[Results], Sequence[Piece]]
     source: str | None = None
+    seeds: int = 3
     paper: Mapping[str, Mapping[str, float]] | None = None
     pairs: Sequence[tuple[str, str, str]] = ()
 

@@ -1,44 +1,43 @@
 """Rows of a study => NAME.md and NAME.svg: our numbers with error bars beside the paper's, the verdict, its reason."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rae.evaluation.report import Piece, markdown, note, paragraph, table
-from rae.experiments.frame import Config, Difference, Results, Row, Study, Summary, Verdict
+from rae.experiments.frame import Difference, Results, Row, Study, Summary, Verdict
 from rae.folders import aside
 
 QUICK = "QUICK: a few steps of a few numbers, to show that the code runs. The figures mean nothing."
 
 
-def write_page(study: Study, configs: Mapping[str, Config], rows: Sequence[Row], seeds: int, out: Path) -> Path:
+def write_page(study: Study, rows: Sequence[Row], out: Path) -> Path:
     """Write `out`/NAME.md and its figures NAME.svg, NAME-2.svg, ..., of the rows that there are.
 
     Args:
         study: which one.
-        configs: what each setting was run with.
-        rows: of any of these settings and seeds.
-        seeds: how many there are to be.
+        rows: of one protocol, in any order.
         out: a folder that exists.
     """
     results = Results(rows)
-    missing = [f"{name}, seed {s}" for name in configs for s in range(seeds) if s not in results.seeds(name)]
+    seeds = max([study.seeds, *(row["seed"] + 1 for row in rows)])
+    missing = [f"{name}, seed {s}" for name in study.settings for s in range(seeds) if s not in results.seeds(name)]
     verdict = judge(study, results)
     head = [
         paragraph(f"Question: {study.question}"),
         paragraph(f"The paper: {study.claim}"),
         note(f"{verdict.says}: {verdict.reason}"),
     ]
-    if any("quick" in config for config in configs.values()):
+    if any("quick" in row["config"] for row in rows):
         head.insert(0, note(QUICK))
     if missing:
         shown = "; ".join(missing[:8]) + (f"; and {len(missing) - 8} more" if len(missing) > 8 else "")
-        head.append(note(f"{len(missing)} of {len(configs) * seeds} runs are missing: {shown}."))
+        head.append(note(f"{len(missing)} of {len(study.settings) * seeds} runs are missing: {shown}."))
     sections = {
         "": head,
-        "Results": [*_results(study, results), *(study.figures(results) if rows else ())],
+        "Results": [*_results(study, results), *study.figures(results)] if rows else [],
         "How it was decided": [paragraph(study.rule)],
-        "How it was done": [*_protocol(configs), *_cost(rows)],
+        "How it was done": [*_protocol(study, rows), _cost(rows)] if rows else [],
     }
     names = iter([f"{study.name}.svg", *(f"{study.name}-{k}.svg" for k in range(2, 100))])
 
@@ -65,8 +64,6 @@ def judge(study: Study, results: Results) -> Verdict:
 
 def _results(study: Study, results: Results) -> list[Piece]:
     settings = [name for name in study.settings if results.seeds(name)]
-    if not settings:
-        return []
     lines = []
     for name in settings:
         paper = (study.paper or {}).get(name, {})
@@ -97,8 +94,10 @@ def _difference(study: Study, number: str, a: str, b: str, value: Difference) ->
     return [study.shown[number], f"{a} − {b}", f"{value.mean:+.4g}{spread} ({value.count} pairs)"]
 
 
-def _protocol(configs: Mapping[str, Config]) -> list[Piece]:
+def _protocol(study: Study, rows: Sequence[Row]) -> list[Piece]:
     """What all settings share, and what each has for itself."""
+    found = {row["setting"]: row["config"] for row in rows}
+    configs = {name: found[name] for name in study.settings if name in found}
     first, *others = configs.values()
     shared = [key for key in first if all(key in other and other[key] == first[key] for other in others)]
     own = list(dict.fromkeys(key for config in configs.values() for key in config if key not in shared))
@@ -113,11 +112,9 @@ def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _cost(rows: Sequence[Row]) -> list[Piece]:
-    if not rows:
-        return []
+def _cost(rows: Sequence[Row]) -> Piece:
     where = sorted({f"{row['hardware']}, {row['threads']} thread(s), torch {row['versions']['torch']}" for row in rows})
     commits = sorted({row["commit"] or "unknown" for row in rows})
     wall, cpu = (sum(row[name] for row in rows) / 60 for name in ("seconds", "cpu_seconds"))
     text = f"Cost: {len(rows)} runs, {cpu:.1f} minutes of processor time, {wall:.1f} minutes by the clock"
-    return [paragraph(f"{text}, on {'; '.join(where)}. Commits: {', '.join(commits)}.")]
+    return paragraph(f"{text}, on {'; '.join(where)}. Commits: {', '.join(commits)}.")

@@ -39,7 +39,7 @@ def run_study(
     study: Study,
     out: Path | None = None,
     *,
-    seeds: int = 3,
+    seeds: int | None = None,
     quick: bool = False,
     source: str | None = None,
     work: Path | None = None,
@@ -52,7 +52,7 @@ def run_study(
     Args:
         study: one of `find_study`.
         out: folder of the rows and the page; None = `results`, of the quick form a new temporary one.
-        seeds: how many, from 0.
+        seeds: how many, from 0; None = as many as the study declares.
         quick: the quick form, which says nothing of the claim.
         source: of images, in place of the study's own.
         work: folder for what takes long to make and can be used again; None = `experiments` in the cache of rae.
@@ -67,6 +67,7 @@ def run_study(
         ImageError: the images cannot be had.
     """
     console = Console(stderr=True, soft_wrap=True, highlight=False)
+    seeds = study.seeds if seeds is None else seeds
     changes = dict(changes or {})
     check_plots()
     _check(study, out, seeds, quick, source, changes)
@@ -86,7 +87,7 @@ def run_study(
         try:
             _run_missing(study, configs, range(seeds), place, rows, append, console)
         finally:  # a page of what there is, however it ends
-            page = write_page(study, configs, rows, seeds, out)
+            page = write_page(study, rows, out)
     console.print(f"[green]{escape(str(page))}")
     return page
 
