@@ -11,6 +11,7 @@ of just these, so that studies that share them share it, and what was killed goe
 import functools
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from rae.diffusion.sampling import generate
 from rae.evaluation.features import Extractor, open_extractor
 from rae.evaluation.frechet import distance_between, normal_of
 from rae.evaluation.reconstruction import psnr
-from rae.experiments.frame import Config, Numbers, Place
+from rae.experiments.frame import Config, Numbers, Place, Results
 from rae.experiments.metric import Judge, load_judge, read, save_judge, train_judge
 from rae.folders import aside
 from rae.training.decoder import DecoderRecipe, train_decoder
@@ -84,7 +85,7 @@ QUICK: Config = {
     "decoder_batch": 4,
     "size": [16, 2, 1],
     "head": [16, 2, 1],
-    "steps": 4,
+    "steps": 5,
     "batch": 4,
     "samples": 20,
     "sampling_steps": 2,
@@ -406,3 +407,11 @@ def judge_accuracy(config: Config, place: Place) -> float:
     """The share of held-out images that the judge reads right."""
     labels = pictures(config, place, "held_out")[1]
     return (held_out(config, place)["classes"] == labels).double().mean().item()
+
+
+def mean_and_error(results: Results, setting: str, number: str) -> tuple[float, float | None] | None:
+    """Mean over the seeds and its standard error, as `dots` takes them; None where nothing has been run."""
+    if not results.seeds(setting):
+        return None
+    mean, std, count = results[setting, number]
+    return mean, None if std is None else std / math.sqrt(count)
