@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from tiny import png
 from rae.evaluation.report import curves
 from rae.experiments import NAMES, find_study
 from rae.experiments.frame import Difference, Results, Study, Verdict, draws, seed_of
-from rae.experiments.runner import run_study
+from rae.experiments.page import write_page
+from rae.experiments.runner import read_rows, run_study
 
+RESULTS = Path(__file__).parent.parent / "results"
 CALLS = []  # (setting, seed) of every run that was made, in order
 
 
@@ -293,10 +296,14 @@ Agrees if the interval of b - a is above 0.
 | --- | --- |
 | steps | 10 |
 
+<details><summary>what each setting has for itself</summary>
+
 | setting | shift |
 | --- | --- |
 | a | 0 |
 | b | 1 |
+
+</details>
 
 Cost: 6 runs, 6.0 minutes of processor time, 12.0 minutes by the clock, on a Z80, 1 thread(s), torch 9. Commits: abc.
 """
@@ -320,6 +327,19 @@ def test_a_page_says_what_the_rows_say(tmp_path):
 
 
 # --- the list
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.jsonl")), ids=lambda file: file.stem)
+def test_committed_pages_say_what_their_rows_say(file, tmp_path):
+    study, rows = find_study(file.stem), read_rows(file.read_bytes(), file)
+    assert not any("quick" in row["config"] or "dirty" in (row["commit"] or "dirty") for row in rows)
+    page = write_page(study, rows, tmp_path)
+    assert (RESULTS / page.name).read_text() == page.read_text(), f"run: rae experiment {study.name}"
+    assert all((RESULTS / made.name).exists() for made in tmp_path.iterdir())  # drawn by any version of matplotlib
+    settings = {name: {**study.protocol, **own} for name, own in study.settings.items()}
+    for row in rows:
+        config = {key: value for key, value in row["config"].items() if key != "data" or not study.source}
+        assert config == json.loads(json.dumps(settings[row["setting"]])), "a protocol that was changed since"
 
 
 @pytest.mark.parametrize("name", NAMES)

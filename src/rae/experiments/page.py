@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rae.evaluation.report import Piece, markdown, note, paragraph, table
+from rae.evaluation.report import Piece, folded, markdown, note, paragraph, table
 from rae.experiments.frame import Difference, Results, Row, Study, Summary, Verdict
 from rae.folders import aside
 
@@ -104,7 +104,7 @@ def _protocol(study: Study, rows: Sequence[Row]) -> list[Piece]:
     pieces = [table(["for all settings", ""], [[key, _value(first[key])] for key in shared])]
     if own:
         lines = [[name, *(_value(config.get(key, "–")) for key in own)] for name, config in configs.items()]
-        pieces.append(table(["setting", *own], lines))
+        pieces.append(folded("what each setting has for itself", table(["setting", *own], lines)))
     return pieces
 
 
