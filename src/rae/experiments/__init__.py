@@ -10,7 +10,18 @@ Every other file is one study, `STUDY`, or what several of them share.
 import difflib
 import importlib
 
-NAMES = ("theorem", "overfit")
+NAMES = (
+    "theorem",
+    "overfit",
+    "ingredients",
+    "head",
+    "spaces",
+    "representation",
+    "upsampling",
+    "guidance",
+    "labels",
+    "unconditional",
+)
 
 
 def find_study(name: str):

@@ -49,6 +49,15 @@ class Difference(NamedTuple):
     error: float | None
     count: int
 
+    @classmethod
+    def between(cls, a: Mapping[int, float], b: Mapping[int, float]) -> "Difference | None":
+        """Of two numbers, seed => value each; None where they have no seed in common."""
+        found = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+        if not found:
+            return None
+        error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None
+        return cls(statistics.fmean(found), error, len(found))
+
     @property
     def interval(self) -> tuple[float, float]:
         """mean ± q error, q the 95 % quantile of Student's t with count - 1 degrees of freedom (2.92 for 3 seeds).
@@ -84,12 +93,7 @@ class Results:
 
     def difference(self, number: str, a: str, b: str) -> Difference | None:
         """a - b, seed by seed; None where they have no seed in common."""
-        first, second = self.values(a, number), self.values(b, number)
-        found = [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
-        if not found:
-            return None
-        error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None
-        return Difference(statistics.fmean(found), error, len(found))
+        return Difference.between(self.values(a, number), self.values(b, number))
 
 
 class Verdict(NamedTuple):
