@@ -202,6 +202,7 @@ def test_this_machine_is_measured_by_the_networks_own_passes(runs, capsys, monke
         return Measurement(2, 4.0)
 
     monkeypatch.setattr(cost, "measure", measured)
+    monkeypatch.setattr(cost, "WHOLE", 10)  # parameters
     deep = ["network.size=[16,2,5]", "run.precision=bf16", "encoder.precision=fp32"]
     found = told(capsys, runs / "dit.yaml", *deep, device="here")
     encode, network = (work["flops"] for work in found["training"]["phases"][0]["work"])

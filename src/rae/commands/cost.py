@@ -8,6 +8,7 @@ what this machine was measured at; each says which. Memory is the account of doc
 
 import functools
 import json
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -39,7 +40,7 @@ from rae.training.run import DTYPES
 
 GIB = 2**30
 SHARE = 0.35  # of a data sheet's peak: about the 350 TFLOP/s of an H100 that the recipes' headers assume
-DEPTH = 2  # blocks of the network that is measured in place of the whole
+WHOLE, DEPTH = 10**8, 2  # a network of more parameters than that is measured by so many of its blocks
 LEFT_OUT = "reading images, the optimiser, evaluation, checkpoints, what several devices tell each other"
 
 
@@ -204,18 +205,19 @@ def _largest(subject: Subject, size: Length, room: float, recompute: bool) -> in
 def _measured(
     subject: Subject, precisions: set[Precision], device: torch.device, most: int
 ) -> tuple[dict[Precision, float], str]:
-    """Operations per second of this machine, by passes both ways through the network that is trained, cut short."""
-    recipe, space = subject.recipe, subject.space
+    """Operations per second of this machine, by passes both ways through the network that is trained."""
+    recipe = subject.recipe
     if isinstance(recipe, DecoderRecipe):
-        whole = space.decoder
-        config = whole.model_copy(update={"depth": min(whole.depth, DEPTH)})
-        network, cost = Decoder(config), flops.decoder(config)
-        shapes = [(config.grid[0] * config.grid[1], config.latent_channels)]
+        config, make, count = subject.space.decoder, Decoder, flops.decoder
+        shapes = [(math.prod(config.grid), config.latent_channels)]
     else:
-        whole = subject.model.network
-        config = whole.model_copy(update={"depth": min(whole.depth, DEPTH)})
-        network, cost = build(config), total(flops.dit(config).values())
+        config, make, count = subject.model.network, build, lambda dit: total(flops.dit(dit).values())
         shapes = [(config.in_channels, *config.grid), ()]
+    through = "the whole of it"
+    if count(config).parameters > WHOLE and config.depth > DEPTH:
+        through = f"{DEPTH} of its {config.depth} blocks"
+        config = config.model_copy(update={"depth": DEPTH})
+    network = make(config)
     network.to(device)
 
     def both_ways(images: int, dtype: torch.dtype) -> None:
@@ -225,18 +227,13 @@ def _measured(
         output.square().mean().backward()
 
     rates, said = {}, []
-    for precision in sorted(precisions):
-        if precision == "tf32":
-            continue
-        run = functools.partial(both_ways, dtype=DTYPES[precision])
-        images, seconds = measure(run, device, most=most)
-        rates[precision] = (3 + recipe.run.recompute) * cost.flops * images / seconds
+    for precision in sorted({"fp32" if precision == "tf32" else precision for precision in precisions}):
+        images, seconds = measure(functools.partial(both_ways, dtype=DTYPES[precision]), device, most=most)
+        rates[precision] = (3 + recipe.run.recompute) * count(config).flops * images / seconds
         said.append(f"{_prefixed(rates[precision], 'FLOP/s')} in {precision}, {images} images at a time")
     if "tf32" in precisions:
-        rates["tf32"] = rates.get("fp32", min(rates.values()))
-    blocks = f"{config.depth} of its {whole.depth} blocks" if config.depth < whole.depth else "the whole of it"
-    basis = f"measured: {'; '.join(said)}, both ways through {blocks}; assumed: all else at the same rate"
-    return rates, basis
+        rates["tf32"] = rates["fp32"]
+    return rates, f"measured: {'; '.join(said)}, both ways through {through}; assumed: all else at the same rate"
 
 
 def _physical_memory() -> int:

@@ -83,29 +83,26 @@ def describe_machine(device: torch.device) -> str:
 
 
 class Measurement(NamedTuple):
-    """What was measured: `images` at a time took `seconds`, the best of several passes."""
+    """A pass over `images` at a time took `seconds`."""
 
     images: int
     seconds: float
 
 
 def measure(run: Callable[[int], object], device: torch.device, *, most: int, patience: float = 0.5) -> Measurement:
-    """Seconds of `run(images)`, for the first power of two of images, `most` at most, that takes `patience` seconds.
+    """The least of three times of `run(images)`, for the first power of two of images that takes `patience` seconds.
 
     Args:
         run: one pass over so many images.
         device: that it runs on, to wait for.
         most: images at a time.
-        patience: seconds below which a pass says little; also what is spent on repeating the last one.
+        patience: seconds below which a pass says little.
     """
     images = 1
     run(images)  # the first pass allocates
-    while (seconds := _seconds(run, images, device)) < patience and images < most:
+    while (seconds := min(_seconds(run, images, device) for _ in range(3))) < patience and images < most:
         images = min(2 * images, most)
-    passes, end = [seconds], time.perf_counter() + patience
-    while time.perf_counter() < end:
-        passes.append(_seconds(run, images, device))
-    return Measurement(images, min(passes))
+    return Measurement(images, seconds)
 
 
 def _seconds(run: Callable[[int], object], images: int, device: torch.device) -> float:
