@@ -237,7 +237,7 @@ STUDY = Study(
         "starts": 8,
     },
     settings={f"{name}, d = {width}": {"spectrum": name, "width": width} for name in SPECTRA for width in WIDTHS},
-    quick={"steps": 20, "starts": 2},
+    quick={"steps": 5, "starts": 2},
     cost="about four minutes of one core",
     rule=RULE,
     judge=judge,
