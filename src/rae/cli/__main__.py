@@ -1,0 +1,5 @@
+"""`torchrun ... -m rae.cli -- COMMAND`, and `python -m rae.cli`."""
+
+from rae.cli import main
+
+main()
