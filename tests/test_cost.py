@@ -272,6 +272,7 @@ def test_several_recipes_and_overrides(capsys):
         ([MAIN, "rae=runs/none"], {}, "give rae=FOLDER"),
         ([MAIN, "rae=pixels@x"], {}, "pixels@SIZE"),
         ([MAIN, "data.source=here/none"], {}, "--images N --classes K"),
+        ([MAIN, "data.source=hf:owner/name"], {"images": 100}, "the hub's, which is not asked"),
         ([MAIN, "run.duration=1img"], {}, "less than one batch"),
     ],
 )

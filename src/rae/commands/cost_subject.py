@@ -126,6 +126,8 @@ def _data(data: DataConfig, images: int | None, classes: int | None) -> tuple[in
         known, notes = IMAGENET, [note + "; --images and --classes say otherwise"]
     else:
         try:
+            if data.source.startswith(("hf:", "hf-stream:")):
+                raise ImageError(f"{data.source} is the hub's, which is not asked.")
             found, _ = open_split(data)
         except ImageError as error:
             raise ConfigError(f"data.source: {error} To count without the images: --images N --classes K.") from error

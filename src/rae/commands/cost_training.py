@@ -88,6 +88,7 @@ def dit_memory(
 
     Of every token autograd keeps, for a channel, 4 bytes in each block that is computed again, else 53.5 in a block
     modulated by time and label and 75.4 in one modulated by token, and 13 or 20 at the ends. bf16; fp32 twice, at most.
+    Two moments are counted for each weight; Muon keeps one of its matrices.
     """
     count = total(cost for name, cost in parts.items() if name.startswith("DiT")).parameters
     others = total(parts.values()).parameters - count
@@ -170,7 +171,7 @@ def decoder_memory(
 
     Of every token autograd keeps 8.4 bytes for a channel at the ends and, in each block, 4 for a channel if it is
     computed again, else 20 and 4 more for each unit of the MLP (bf16; fp32 twice, at most); LPIPS 1,952 bytes for a
-    pixel and a third of that more while it is taken back.
+    pixel and a third of that more while it is taken back. The encoder as judge is not in the account.
     """
     count, own = parts[DECODER].parameters, recipe.loss.adversarial and recipe.loss.adversarial.discriminator
     pixels, tokens = config.output_size[0] * config.output_size[1], config.grid[0] * config.grid[1]
