@@ -13,7 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from rae.commands import feature_folder
-from rae.data.images import open_images, to_tensor
+from rae.commands import look as look_module
+from rae.commands.look import Features
+from rae.commands.reference import Reference, role_of
+from rae.data.images import open_images, subset, to_tensor
 from rae.evaluation.features import open_extractor
 from rae.evaluation.frechet import Moments, frechet_distance
 from rae.evaluation.reconstruction import psnr
@@ -248,6 +251,87 @@ def test_a_model_of_stage_1_reconstructs_what_it_is_compared_with(runs, look, ru
     assert values(tmp_path / "again") == values(tmp_path / "out")
 
 
+def test_samples_are_asked_for_their_class(runs, look, run, refused, tmp_path):
+    reference = ["--reference", "digits", "--enlarge"]
+    run("evaluate", runs / "dit", "--num", 20, "--steps", 2, *look, *reference, "--out", tmp_path / "out")
+    found = figures(tmp_path / "out")["class_agreement"]
+    assert found["better"] == "higher"
+    assert found["protocol"].startswith("20 images against 1,797, k = 20; of real images among each other 0.")
+    kept = tmp_path / "out/reference.safetensors"  # which knows the classes as well
+    run("evaluate", tmp_path / "out/samples", "--reference", kept, *look, "--out", tmp_path / "again")
+    assert figures(tmp_path / "again")["class_agreement"] == found
+    (tmp_path / "out/samples/other.png").write_bytes((tmp_path / "out/samples/000000.png").read_bytes())
+    command = ["evaluate", tmp_path / "out/samples", "--reference", kept, *look, "--out", tmp_path / "third"]
+    assert "does not tell the class of every image" in refused(*command)
+
+
+def test_real_images_with_classes_are_asked_as_well(sets, look, run, tmp_path):
+    for name, seed in (("a", 1), ("b", 2)):
+        for kind, mean in (("dark", 40), ("light", 220)):
+            save_images(tmp_path / name / kind, 15, seed=seed, mean=mean)
+    command = ["evaluate", tmp_path / "a", *look, "--reference"]
+    run(*command, tmp_path / "b", "--out", tmp_path / "out")
+    assert figures(tmp_path / "out")["class_agreement"]["value"] > 0.8
+    (tmp_path / "b/light").rename(tmp_path / "b/white")
+    assert "the reference has no class 'light'" in run(*command, tmp_path / "b", "--out", tmp_path / "other")
+    assert "class_agreement" not in figures(tmp_path / "other")
+
+
+def test_whose_images_the_reference_holds(runs, look, run, tmp_path):
+    """The runs are trained on a part of digits, 0.1 of which is held out."""
+
+    def role(subject, reference, *more) -> tuple[str, str]:
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        told = run("evaluate", subject, "--reference", reference, *look, *more, "--num", 20, "--out", out)
+        return json.loads((out / "evaluation.json").read_text())["reference"]["role"], told
+
+    found, told = role(runs / "decoder", "digits", "--enlarge")
+    assert found == "training and held-out images"
+    assert "holds training and held-out images of this autoencoder: published rFID is of images" in " ".join(
+        told.split()
+    )
+    found, told = role(runs / "dit", "digits", "--enlarge", "--steps", 2)
+    assert found == "training and held-out images"
+    assert "published rFID" not in told
+    other = save_images(tmp_path / "other", 20, seed=0, size=(16, 16))
+    assert role(runs / "decoder", other)[0] == "unknown"
+
+
+def test_the_role_of_images_is_told_by_their_identity(tmp_path):
+    """Of the training images, the held-out ones, the first so many of them; given as images or by a file."""
+    (tmp_path / "run/checkpoints/8/train").mkdir(parents=True)
+    training, held_out, other = (save_images(tmp_path / name, 5 + i, seed=i) for i, name in enumerate("abc"))
+    known = {folder: open_images(folder).identity for folder in (training, held_out, other)}
+    (tmp_path / "run/checkpoints/8/train/state.json").write_text(json.dumps({"identity": {"images": known[training]}}))
+    recipe = {"data": {"source": str(training), "held_out": str(held_out)}}
+    (tmp_path / "run/recipe.yaml").write_text(json.dumps(recipe))
+
+    def by_file(folder: Path, count: int | None) -> Reference:
+        images = open_images(folder) if count is None else subset(open_images(folder), range(count))
+        return Reference("r", features=Features({"identity": images.identity, "images": len(images)}, {}, []))
+
+    for place in ("run", "run/checkpoints/8", "run/checkpoints/8/model"):
+        for folder, role in ((training, "training images"), (held_out, "held-out images"), (other, "unknown")):
+            assert role_of(str(tmp_path / place), Reference("r", images=open_images(folder))) == role
+            for count in (None, 4):
+                assert role_of(str(tmp_path / place), by_file(folder, count)) == role
+    for file in held_out.iterdir():  # the images are not here any more
+        file.unlink()
+    assert role_of(str(tmp_path / "run"), by_file(held_out.parent / "c", None)) == "unknown"
+    assert role_of(str(tmp_path), by_file(training, None)) == "unknown"  # no run
+
+
+def test_a_reference_of_adm_is_not_resized(encoder, tmp_path, refused, monkeypatch):
+    """Its moments are of images at one size, whatever is done to the few that lie beside them."""
+    monkeypatch.setattr(look_module, "open_extractor", lambda name, **_: open_extractor(str(encoder), input_size=16))
+    large = np.random.default_rng(0).integers(0, 256, (12, 40, 40, 3), dtype=np.uint8)
+    np.savez(tmp_path / "adm.npz", large, mu=np.zeros(16), sigma=np.eye(16))
+    samples = save_images(tmp_path / "samples", 12, seed=0, size=(20, 20))
+    told = refused("evaluate", samples, "--reference", tmp_path / "adm.npz", "--out", tmp_path / "out")
+    assert "have 20 x 20 pixels, those of" in told
+    assert "adm.npz 40 x 40: figures across sizes mean nothing" in told
+
+
 # --- bad input
 
 
@@ -282,6 +366,7 @@ def test_broken_images_are_named_and_left_out(sets, look, refused, run, tmp_path
         (["SAMPLES", "--reference", "nowhere"], "nowhere: no such folder"),
         (["DIT", "--reference", "REAL"], "Say how many samples to make"),
         (["DIT", "--num", 9], "say what its images are compared with"),
+        (["DECODER", "--reference", "REAL", "--num", 99], "99 images are asked for, there are 26"),
         (["DECODER"], "is an autoencoder: its reconstructions are compared with the images"),
     ],
 )

@@ -1,11 +1,14 @@
 """Reference files: what goes in comes out, and nothing else is taken for one."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from rae.evaluation.reference import (
+    Classes,
     Gaussian,
     ReferenceError,
     collect,
@@ -82,7 +85,7 @@ def test_one_image_is_no_set():
 def test_what_is_saved_is_loaded(file):
     path, sets = file
     about, loaded = load_reference(path)
-    assert about.model_dump(exclude={"kind", "sha256"}) == ABOUT
+    assert about.model_dump(exclude={"kind", "sha256"}) == ABOUT | {"class_names": None}
     assert loaded.keys() == sets.keys()
     for name, was in sets.items():
         now = loaded[name]
@@ -121,6 +124,18 @@ def test_tensors_under_other_names_are_refused(file):
     save_file({k: v.clone() for k, v in tensors.items()}, path, metadata=metadata)
     with pytest.raises(ReferenceError, match="damaged or was changed"):
         load_reference(path)
+
+
+def test_classes_of_the_rows_are_kept_with_them(tmp_path):
+    classes = Classes(torch.tensor([1, 0, 1, 1, 0]), ["cat", "dog"])
+    found = {name: collect([{"features": features(5, 3)}], 5) for name in "ab"}
+    found = {name: dataclasses.replace(each, classes=classes) for name, each in found.items()}
+    save_reference(tmp_path / "r.safetensors", found, **ABOUT | {"extractors": {"a": {}, "b": {}}})
+    about, loaded = load_reference(tmp_path / "r.safetensors")
+    assert about.class_names == ["cat", "dog"]
+    for name in "ab":
+        assert torch.equal(loaded[name].classes.labels, classes.labels)
+        assert loaded[name].classes.names == ["cat", "dog"]
 
 
 def test_other_files_are_no_references(tmp_path):

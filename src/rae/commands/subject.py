@@ -6,6 +6,7 @@ a folder that one of these commands wrote     => the same, with the protocol bes
 anything else that holds images               => images
 """
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,7 @@ def open_subject(source: str, data: DataConfig, num: int | None) -> Subject:
         kind, images = "images", open_images(source, data.image, data.label)
         if (folder / PROTOCOL).is_file():
             kind, protocol = "samples", _read(folder / PROTOCOL)
+            images = _labelled(images, protocol, folder)
     if num is not None and num > len(images):
         raise OutputError(f"{source} holds {len(images):,} images, {num:,} are asked for; make more, or ask for fewer.")
     if num is not None:
@@ -73,6 +75,21 @@ def _read(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise OutputError(f"{path} is damaged ({error}); make the pictures beside it again.") from error
+
+
+def _labelled(samples: Images, protocol: dict[str, Any], folder: Path) -> Images:
+    """Samples with the classes that they were made of; without any, those of an unconditional model."""
+    try:
+        labels, names = protocol["labels"], protocol["class_names"]
+        made = [labels[int(Path(name).stem)] for name in samples.names]
+    except (KeyError, ValueError, IndexError) as error:
+        raise OutputError(
+            f"{folder / PROTOCOL} does not tell the class of every image ({error!r}): other images lie beside samples, "
+            "or another version made these. Judge them in a folder without it."
+        ) from error
+    if names is None and any(labels):
+        names = [str(number) for number in range(max(labels) + 1)]
+    return dataclasses.replace(samples, labels=made, class_names=names)
 
 
 def _halves(folder: Path) -> tuple[Images, Images]:

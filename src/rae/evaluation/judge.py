@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rae.data.image_set import Images
 from rae.data.images import to_tensor, to_unit
+from rae.evaluation.class_agreement import NEIGHBOURS, class_agreement, numbered_alike, real_agreement
 from rae.evaluation.frechet import frechet_measured, frechet_to_infinity, normal
 from rae.evaluation.inception_score import SPLIT, inception_score
 from rae.evaluation.kernel_distance import kernel_distance
@@ -43,7 +44,7 @@ def judge(samples: FeatureSet, reference: FeatureSet, extractor: str) -> dict[st
     """Figures of samples against a reference, by the features of one extractor.
 
     Args:
-        samples: with all rows.
+        samples: with all rows. Class agreement is of samples with the classes of the reference only.
         reference: with moments of all its images, and rows of some.
         extractor: its name; "inception" has more to tell than encoders.
 
@@ -72,6 +73,12 @@ def judge(samples: FeatureSet, reference: FeatureSet, extractor: str) -> dict[st
         for name in names:
             title, how = f"{name}{suffix}", f"{among}, k = {k}"
             figures[name] = _figure(title, getattr(found, name), "higher", how)
+    if (classes := reference.classes) and samples.classes:
+        labels, _ = numbered_alike(samples.classes, classes)
+        if labels is not None:
+            agreement, among_real = class_agreement(rows, labels, known, classes), real_agreement(known, classes)
+            how = f"{among}, k = {NEIGHBOURS}; of real images among each other {among_real.value:.3f}"
+            figures["class_agreement"] = _figure(f"class agreement{suffix}", agreement, "higher", how)
     if extractor == INCEPTION:
         spatial = frechet_measured(samples.rows["spatial"], normal(*reference.moments["spatial"]))
         split = f"splits of {SPLIT:,}" if len(rows) > SPLIT else "all together"

@@ -42,6 +42,13 @@ class Gaussian(NamedTuple):
     covariance: Tensor
 
 
+class Classes(NamedTuple):
+    """Which class each of K images is of: labels [K] int64, and the names that they are numbers of."""
+
+    labels: Tensor
+    names: list[str]
+
+
 @dataclass(frozen=True)
 class FeatureSet:
     """What one extractor says of a set of images.
@@ -50,11 +57,13 @@ class FeatureSet:
         count: N, images in all; None where a file does not tell.
         rows: kind of features ("features"; of Inception also "spatial", "logits") => [K,d] float32, of K of the images.
         moments: kind => mean and covariance over all N.
+        classes: of these K; None where they have none.
     """
 
     count: int | None
     rows: dict[str, Tensor]
     moments: dict[str, Gaussian]
+    classes: Classes | None = None
 
 
 class ReferenceAbout(Config):
@@ -68,6 +77,7 @@ class ReferenceAbout(Config):
         size: (H, W) in pixels that the extractors were given.
         crop: how the images came to that size.
         extractors: name => `Extractor.describe()`, its identity among it.
+        class_names: of the labels of the rows; None where the images have none, or an earlier version kept none.
         sha256: of the tensors and their names.
     """
 
@@ -78,7 +88,16 @@ class ReferenceAbout(Config):
     size: Size
     crop: str
     extractors: dict[str, dict[str, Any]]
+    class_names: list[str] | None = None
     sha256: str
+
+
+def kept_rows(count: int, keep: int | None) -> np.ndarray:
+    """Mask [count] of the `keep` images whose features stay, drawn evenly: the same for the same count. None = all."""
+    kept = np.ones(count, dtype=bool)
+    if keep is not None and keep < count:
+        kept[epoch_order(0, 0, count)[keep:]] = False
+    return kept
 
 
 def collect(parts: Iterable[Mapping[str, Tensor]], count: int, keep: int | None = None) -> FeatureSet:
@@ -86,17 +105,15 @@ def collect(parts: Iterable[Mapping[str, Tensor]], count: int, keep: int | None 
 
     Args:
         parts: features [n,d] by kind, of the next n images each.
-        count: N of all parts together, of which `keep` rows are drawn evenly: the same for the same N.
-        keep: None = all.
+        count: N of all parts together.
+        keep: rows to keep, see `kept_rows`.
 
     Raises:
         ValueError: fewer than two images, or features that are not finite.
     """
     if count < 2:
         raise ValueError(f"{count} image: a set needs at least 2 to have a spread.")
-    kept = np.ones(count, dtype=bool)
-    if keep is not None and keep < count:
-        kept[epoch_order(0, 0, count)[keep:]] = False
+    kept = kept_rows(count, keep)
     rows: dict[str, list[Tensor]] = {}
     moments: dict[str, Moments] = {}
     start = 0
@@ -115,14 +132,16 @@ def collect(parts: Iterable[Mapping[str, Tensor]], count: int, keep: int | None 
 
 
 def save_reference(path: Path, sets: Mapping[str, FeatureSet], **about: Any) -> None:
-    """Write a safetensors file: NAME/KIND.mean, NAME/KIND.covariance (float64), NAME/KIND (rows, float32).
+    """Write a safetensors file: NAME/KIND.mean, NAME/KIND.covariance (float64), NAME/KIND (rows, float32), labels.
 
     Args:
         path: of the file.
-        sets: by name of the extractor.
-        about: fields of `ReferenceAbout`, without `kind` and `sha256`.
+        sets: by name of the extractor, of the same images.
+        about: fields of `ReferenceAbout`, without `kind`, `class_names` and `sha256`.
     """
-    tensors = {}
+    tensors, classes = {}, next(iter(sets.values())).classes
+    if classes:
+        tensors["labels"], about["class_names"] = classes.labels, classes.names
     for name, features in sets.items():
         for kind, (mean, covariance) in features.moments.items():
             tensors |= {f"{name}/{kind}.mean": mean, f"{name}/{kind}.covariance": covariance}
@@ -152,12 +171,12 @@ def load_reference(path: Path) -> tuple[ReferenceAbout, dict[str, FeatureSet]]:
             f"{path} is damaged or was changed: its tensors have SHA-256 {found[:12]}..., it says "
             f"{about.sha256[:12]}...; make it again with `rae reference`."
         )
-    sets = {}
+    sets, classes = {}, about.class_names and Classes(tensors["labels"], about.class_names)
     for name in about.extractors:
         own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
         kinds = [key for key in own if "." not in key]
         moments = {k: Gaussian(own[f"{k}.mean"], own[f"{k}.covariance"]) for k in kinds if f"{k}.mean" in own}
-        sets[name] = FeatureSet(about.images, {kind: own[kind] for kind in kinds}, moments)
+        sets[name] = FeatureSet(about.images, {kind: own[kind] for kind in kinds}, moments, classes)
     return about, sets
 
 

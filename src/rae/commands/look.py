@@ -1,0 +1,107 @@
+"""How `rae evaluate` and `rae reference` look at a set of images: by which networks, at what size, cropped or not."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from rae.commands.feature_folder import read_features, size_of, write_features
+from rae.config import ConfigError
+from rae.data.image_set import Images
+from rae.data.images import DataConfig
+from rae.evaluation.features import Extractor, open_extractor
+from rae.evaluation.judge import INCEPTION
+from rae.evaluation.reference import Classes, FeatureSet, kept_rows
+from rae.processes import process_state
+
+CROPPED, WHOLE = "centre crop, as in training", "as they are"
+
+
+@dataclass(frozen=True)
+class Look:
+    """How images are looked at: by which extractors, how they are read, and how many at a time."""
+
+    extractors: Mapping[str, Extractor]
+    data: DataConfig
+    batch: int
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of a set of images.
+
+    Attributes:
+        about: source, identity, images, size and crop, as they stand in a reference and in `evaluation.json`.
+        sets: by name of the extractor; empty where another process holds them.
+        read: numbers of the images that could be read.
+    """
+
+    about: dict[str, Any]
+    sets: dict[str, FeatureSet]
+    read: list[int]
+
+
+def look_at(
+    images: Images,
+    size: tuple[int, int] | None,
+    look: Look,
+    folder: Path,
+    *,
+    source: str,
+    keep: int | None = None,
+    what: str = "features",
+) -> Features:
+    """Features of images by all processes, which the first one reads.
+
+    Args:
+        images: to look at.
+        size: (H, W) in pixels to crop them to; None = they all have one.
+        look: by which extractors.
+        folder: where features lie in the meantime.
+        source: what to call the images.
+        keep: rows to keep; None = all.
+        what: to call the job on the screen.
+    """
+    crop, size = size is not None, size or size_of(images, look.data.on_broken)
+    write_features(images, size, look.extractors, folder, data=look.data, batch=look.batch, crop=crop, what=what)
+    sets, read = {}, []
+    if process_state().is_main_process:
+        for name in look.extractors:
+            found, read = read_features(folder, name, keep)
+            sets[name] = dataclasses.replace(found, classes=_classes(images, read, keep))
+        missing = sorted(set(range(len(images))) - set(read))
+        for index in missing:
+            say(f"left out: {images.names[index]} cannot be read")
+    about = {"source": source, "identity": images.identity, "images": len(read), "size": list(size)}
+    return Features(about | {"crop": CROPPED if crop else WHOLE}, sets, read)
+
+
+def _classes(images: Images, read: Sequence[int], keep: int | None) -> Classes | None:
+    """Of the images whose features are kept."""
+    if images.class_names is None:
+        return None
+    numbers = np.asarray(read)[kept_rows(len(read), keep)].tolist()
+    return Classes(torch.tensor([images.labels[i] for i in numbers]), images.class_names)
+
+
+def open_extractors(names: Sequence[str], inception: Path | None, input_size: int | None) -> dict[str, Extractor]:
+    """Extractors by name; the weights are Inception's, the size is that of all others."""
+    if inception and INCEPTION not in names:
+        raise ConfigError(f"{inception} are weights of Inception, which --features {', '.join(names)} does not name.")
+    if input_size and set(names) == {INCEPTION}:
+        raise ConfigError(f"--input-size {input_size} is of encoders; Inception sees 299 pixels per side, always.")
+    found = {}
+    for name in dict.fromkeys(names):
+        settings = {"weights": inception} if name == INCEPTION else {"input_size": input_size}
+        found[name] = open_extractor(name, **settings).to(process_state().device)
+    return found
+
+
+def say(text: str, style: str = "yellow") -> None:
+    if process_state().is_main_process:
+        Console(stderr=True).print(text, style=style, highlight=False, markup=False, soft_wrap=True)
