@@ -18,7 +18,7 @@ from rae.evaluation.report import Piece, dots
 from rae.experiments import world
 from rae.experiments.claims import RULE, Claim, decide
 from rae.experiments.frame import Config, Numbers, Place, Results, Study, Verdict
-from rae.experiments.vae import VAE, vae_of, with_margin
+from rae.experiments.vae import QUICK, VAE, vae_of, with_margin
 
 RAE, KL, PIXELS = "RAE", "KL-VAE", "pixels"
 POOLS = {"mean": lambda z: z.mean((2, 3)), "all": lambda z: z.flatten(1)}  # [B,C,h,w] -> [B,C], [B,C h w]
@@ -103,7 +103,7 @@ STUDY = Study(
         "neighbours": "20 by cosine, weighted, temperature 0.07",
     },
     settings={RAE: {"space": "rae"}, KL: {"space": "vae"}, PIXELS: {"space": "pixels"}},
-    quick={"images": 60, "held_out": 30, "probe_images": 50, "vae_steps": 4, "vae_widths": [8, 8, 8]},
+    quick={"images": 60, "held_out": 30, "enlarge": True, "probe_images": 50, **QUICK},
     cost="about half an hour of one core, two thirds of it three KL autoencoders",
     rule=(
         f"{RULE} Claims: of held-out images the linear probe reads more, in %, from RAE latents than (1) from those of "

@@ -35,11 +35,6 @@ from rae.training.dit_recipe import DiTRecipe
 RAE, KL, PIXELS = "RAE", "KL-VAE", "pixels"
 KEPT = ["15%", "30%", "60%"]  # moments that are judged besides the end
 STEP = 3  # a forward and a backward pass, in forward passes
-QUICK: Config = (
-    {"images": 60, "held_out": 30, "samples": 20, "sampling_steps": 2, "judge_steps": 4}
-    | {"decoder": [32, 1, 2, 64], "decoder_steps": 4, "decoder_batch": 4, "vae_steps": 4, "vae_widths": [8, 8, 8]}
-    | {"size": [384, 6, 1], "steps": 12, "batch": 4}
-)
 
 
 class Space(NamedTuple):
@@ -163,16 +158,16 @@ def images_to_reach(distances: dict[int, float], target: float) -> float:
 
 def doublings(results: Results, name: str, this: str, than: str) -> Difference | None:
     """log2 of how many times fewer images `this` needs for what `than` has at the end, seed by seed; -1 for never."""
-    curves_of = {(row["setting"], row["seed"]): curve(row["numbers"], name) for row in results.rows}
-    found = []
-    for seed in sorted(results.seeds(this) & results.seeds(than)):
-        *_, (total, target) = curves_of[than, seed].items()
-        needed = images_to_reach(curves_of[this, seed], target)
-        found.append(-1.0 if math.isinf(needed) else math.log2(total / needed))
-    if not found:
-        return None
-    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None
-    return Difference(statistics.fmean(found), error, len(found))
+    first, second = (
+        {row["seed"]: curve(row["numbers"], name) for row in results.rows if row["setting"] == setting}
+        for setting in (this, than)
+    )
+    saved = {}
+    for seed in first.keys() & second.keys():
+        *_, (total, target) = second[seed].items()
+        needed = images_to_reach(first[seed], target)
+        saved[seed] = -1.0 if math.isinf(needed) else math.log2(total / needed)
+    return Difference.between(saved, dict.fromkeys(saved, 0.0))
 
 
 def judge(results: Results) -> Verdict:
@@ -221,7 +216,7 @@ STUDY = Study(
         KL: {"space": "vae", "patch_size": 2},
         PIXELS: {"space": "pixels", "patch_size": 7},
     },
-    quick=QUICK,
+    quick={**world.QUICK, **vae.QUICK, "size": [384, 6, 1], "head": None, "steps": 12},
     cost="about 80 minutes of one core: nine models, three decoders, three KL autoencoders",
     rule=(
         f"{RULE} The metric that decides is the Frechet distance (FD) of class tokens of DINOv2-S at 56 px, the second "

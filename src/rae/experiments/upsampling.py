@@ -85,15 +85,7 @@ STUDY = Study(
     ),
     protocol=world.WORLD,
     settings={DIRECT: {"encoder_size": 56}, UP: {"encoder_size": 28}},
-    quick={
-        "images": 60,
-        "held_out": 30,
-        "samples": 20,
-        "judge_steps": 4,
-        "decoder": [32, 1, 2, 64],
-        "decoder_steps": 4,
-        "decoder_batch": 4,
-    },
+    quick=world.QUICK,
     cost="about 20 minutes of one core: six decoders",
     rule=(
         f"{RULE} Claims, of reconstructions of held-out images: (1) the direct decoder's have a lower Frechet distance "

@@ -40,6 +40,7 @@ VAE: Protocol = {
     "vae_batch": 16,
     "vae_lr": 2e-3,
 }
+QUICK: Protocol = {"vae_steps": 4, "vae_widths": [8, 8, 8]}  # what the quick form of a study takes over
 
 
 class VAERecipe(Config):
