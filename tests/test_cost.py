@@ -187,9 +187,9 @@ def test_largest_micro_batch_is_the_last_that_fits(capsys):
     for recompute in (False, True):
         largest = estimate["largest_micro_batch"][f"run.recompute={str(recompute).lower()}"]
         need = [sum(memory(subject, size, micro=n, recompute=recompute).values()) for n in (largest, 2 * largest)]
-        assert need[0] <= 24 * GIB < need[1]
+        assert need[0] <= 0.95 * 24 * GIB < need[1]
     assert estimate["fits"]
-    small = told(capsys, ROOT / "recipes/stage2/ditdh-xl_dinov2-l_256_head-2x2688.yaml", device="4090")["estimate"]
+    small = told(capsys, ROOT / "recipes/stage2/ditdh-xl_dinov2-b_256_head-2x2688.yaml", device="4090")["estimate"]
     assert not small["fits"]
 
 

@@ -41,6 +41,7 @@ from rae.training.run import DTYPES
 GIB = 2**30
 SHARE = 0.35  # of a data sheet's peak: about the 350 TFLOP/s of an H100 that the recipes' headers assume
 WHOLE, DEPTH = 10**8, 2  # a network of more parameters than that is measured by so many of its blocks
+ROOM = 0.95  # of a device's memory; the rest is for what the allocator cannot use
 LEFT_OUT = "reading images, the optimiser, evaluation, checkpoints, what several devices tell each other"
 
 
@@ -94,7 +95,7 @@ def print_cost(
 
 def print_published() -> None:
     """`rae flops --published`: the paper's figures beside ours, and by which convention."""
-    table = _table("arXiv 2510.11690", "what", "printed", "counted here", "counted how")
+    table = Table("arXiv 2510.11690", "what", "printed", "counted here", "counted how")
     for row in published():
         same = {True: "", False: "[yellow]"}[row.printed in (row.counted, "similar GFLOPs", "not at hand")]
         table.add_row(row.where, row.what, row.printed, f"{same}{row.counted}", row.by)
@@ -186,9 +187,10 @@ def estimate(
         "hours": hours,
         "device_hours": hours * devices,
         "memory": room,
-        "fits": sum(told["memory"]["bytes"].values()) <= room,
+        "usable": ROOM,
+        "fits": sum(told["memory"]["bytes"].values()) <= ROOM * room,
         "largest_micro_batch": {
-            f"run.recompute={str(recompute).lower()}": _largest(subject, size, room, recompute)
+            f"run.recompute={str(recompute).lower()}": _largest(subject, size, ROOM * room, recompute)
             for recompute in (False, True)
         },
     }
@@ -297,7 +299,8 @@ def _estimate_table(told: dict[str, Any]) -> Table:
     if "money" in found:
         table.add_row("money", f"{found['money']:,.0f}, at {found['price']:g} for an hour of one")
     verdict = "[green]enough" if found["fits"] else "[red]too little"
-    table.add_row("memory", f"{found['memory'] / GIB:,.0f} GiB: {verdict}[/] by the account")
+    share = f"{found['usable']:.0%} of {found['memory'] / GIB:,.0f} GiB"
+    table.add_row("memory", f"{share}, which is assumed to be of use: {verdict}[/] by the account")
     for key, size in found["largest_micro_batch"].items():
         table.add_row(f"largest micro-batch, {key}", str(size or "none fits"))
     return table

@@ -314,7 +314,7 @@ def published() -> list[Published]:
         for config, size in ((DiTConfig, "XL"), (DiTDHConfig, "B"), (DiTDHConfig, "XL"))
     )
     small = total(dit(DiTConfig.of_size("XL", **latents | {"in_channels": 384})).values())
-    counting = "multiply-adds of linear layers and convolutions, their biases, 2 for each normed number"
+    counting = "multiply-adds without attention's, biases, 2 for a normed number"
     rows = [
         Published("Table 1b", f"decoder {name}, GFLOPs", printed, f"{cost.counted / 1e9:.1f}", counting)
         for (name, cost), printed in zip((decoders | {"SD-VAE": vae["SD-VAE decoder"]}).items(), _TABLE_1B)
@@ -332,7 +332,7 @@ def published() -> list[Published]:
     ]
     for epochs, printed in ((80, "5e10"), (800, "5e11")):
         work = f"{3 * dh_xl.macs * _EPOCH * epochs / 1e9:.0e}".replace("+", "")
-        by = f"{epochs} epochs, backwards as twice forwards; multiply-adds with attention"
+        by = f"multiply-adds with attention's, thrice, {epochs} epochs"
         rows.append(Published("Sec. 5", "training of DiT-DH-XL, GFLOPs", printed, work, by))
     share = f"{dh_b.macs / xl.macs:.0%}"
     rows.append(Published("Sec. 5", "training of DiT-DH-B to DiT-XL", "40%", share, "multiply-adds, as many epochs"))
