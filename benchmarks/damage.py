@@ -14,8 +14,8 @@ Every cell has N images, so no bias by N moves a figure from one to the next. Al
 same images. Figures are those of `rae evaluate`, features lie in OUT/features, and a second call computes what is
 missing there. OUT/damage.jsonl has a line for each cell, OUT/damage.md the tables, OUT/damage.png the damage.
 
-A step from one strength to the next is a change where it is more than two errors, sqrt(e1^2 + e2^2): too strict, for
-the images are the same.
+A step from one strength to the next is a change, an arrow, where it is more than two errors, sqrt(e1^2 + e2^2): too
+strict, for the images are the same.
 """
 
 import argparse
@@ -133,24 +133,26 @@ def features_of(images: Images, size: tuple[int, int], extractor: Extractor, out
     return read_features(folder, "x")[0]
 
 
-def steps(cells: Sequence[Cell], figure: str) -> list[int]:
-    """From each strength to the next: 1 where the figure rises by more than its error, -1 where it falls, or 0."""
-    found = [cell.figures[figure] for cell in cells]
-    differences = ((b.value - a.value, math.hypot(a.error, b.error)) for a, b in itertools.pairwise(found))
-    return [int(np.sign(d)) if abs(d) > CHANGED * error else 0 for d, error in differences]
+def step(before: Figure, after: Figure) -> int:
+    """1 where a figure rises by more than its error, -1 where it falls, or 0."""
+    difference, error = after.value - before.value, math.hypot(before.error, after.error)
+    return int(np.sign(difference)) if abs(difference) > CHANGED * error else 0
 
 
 def verdict(cells: Sequence[Cell], figure: str, meant: str | None) -> str:
     """What a figure does from the undamaged images (the first cell) on, step by step, and whether it should.
 
-    yes: every step goes the way that it should; partly: none goes the other way, some are within error; no: the rest.
+    yes: every step goes the way that it should. partly: the strongest damage differs from none as it should, and no
+    step goes the other way; some are within error. no: the rest.
     """
-    found = steps(cells, figure)
-    moves = "".join({1: "↑", -1: "↓", 0: "·"}[step] for step in found)
+    found = [cell.figures[figure] for cell in cells]
+    steps = [step(before, after) for before, after in itertools.pairwise(found)]
+    moves = "".join({1: "↑", -1: "↓", 0: "·"}[way] for way in steps)
     if meant is None:
         return moves
-    right, wrong = (found.count(sign) for sign in ((1, -1) if meant == "rises" else (-1, 1)))
-    return f"**{'yes' if right == len(found) else 'partly' if right and not wrong else 'no'}** {moves}"
+    right = 1 if meant == "rises" else -1
+    seen = step(found[0], found[-1]) == right and -right not in steps
+    return f"**{'yes' if set(steps) == {right} else 'partly' if seen else 'no'}** {moves}"
 
 
 # --- what is written -------------------------------------------------------------------------------------------------
