@@ -1,10 +1,14 @@
-"""Rows of a study => NAME.md and NAME.svg: our numbers with error bars beside the paper's, the verdict, its reason."""
+"""Rows of a study => NAME.md and NAME.svg: our numbers with error bars beside the paper's, the verdict, its reason.
 
+Rows of all studies => what docs/reproduction.md says of them.
+"""
+
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rae.evaluation.report import Piece, folded, markdown, note, paragraph, table
+from rae.evaluation.report import Piece, code, folded, heading, markdown, note, paragraph, table
 from rae.experiments.frame import Difference, Results, Row, Study, Summary, Verdict
 from rae.folders import aside
 
@@ -39,10 +43,10 @@ def write_page(study: Study, rows: Sequence[Row], out: Path) -> Path:
         "How it was decided": [paragraph(study.rule)],
         "How it was done": [*_protocol(study, rows), _cost(rows)] if rows else [],
     }
-    names = iter([f"{study.name}.svg", *(f"{study.name}-{k}.svg" for k in range(2, 100))])
+    number = itertools.count(1)
 
     def save(data: bytes, _: str) -> str:
-        name = next(names)
+        name = study.name + (f"-{k}" if (k := next(number)) > 1 else "") + ".svg"
         with aside(out / name) as file:
             file.write_bytes(data)
         return name
@@ -51,6 +55,29 @@ def write_page(study: Study, rows: Sequence[Row], out: Path) -> Path:
     with aside(out / f"{study.name}.md") as file:
         file.write_text(text)
     return out / f"{study.name}.md"
+
+
+def overview(found: Sequence[tuple[Study, Sequence[Row]]]) -> str:
+    """Markdown: all studies in a table, then each with its verdict and every figure beside the paper's own.
+
+    Args:
+        found: studies and their rows, none where one has not run; their pages lie in ../results.
+    """
+    lines, pieces = [], []
+    for study, own in found:
+        results = Results(own)
+        verdict = judge(study, results)
+        says = verdict.says if own else "not run"
+        done = f"{len(own)} of {max(len(own), len(study.settings) * study.seeds)}"
+        lines.append([study.name, study.question, says, done, _spent(own) if own else study.cost])
+        pieces += [heading(f"{study.name}: {says}"), paragraph(study.question), paragraph(f"The paper: {study.claim}")]
+        if own:
+            link = f"[Figures, rule, protocol, cost](../results/{study.name}.md)"
+            pieces += [note(f"{verdict.says}: {verdict.reason}"), _table(study, results)]
+            pieces.append(Piece("", lambda _, link=link: link))
+        pieces.append(code(f"rae experiment {study.name}"))
+    top = table(["study", "question", "outcome", "runs", "cost"], lines)
+    return "\n\n".join(piece.markdown(lambda data, kind: "") for piece in [top, *pieces]) + "\n"
 
 
 def judge(study: Study, results: Results) -> Verdict:
@@ -62,17 +89,20 @@ def judge(study: Study, results: Results) -> Verdict:
     return study.judge(results)
 
 
-def _results(study: Study, results: Results) -> list[Piece]:
-    settings = [name for name in study.settings if results.seeds(name)]
+def _table(study: Study, results: Results) -> Piece:
     lines = []
-    for name in settings:
-        paper = (study.paper or {}).get(name, {})
-        lines.append([name, *(_cell(results[name, number], paper.get(number)) for number in study.shown)])
-    most = max(len(results.seeds(name)) for name in settings)
+    for name in study.settings:
+        if results.seeds(name):
+            paper = (study.paper or {}).get(name, {})
+            lines.append([name, *(_cell(results[name, number], paper.get(number)) for number in study.shown)])
+    return table(["setting", *study.shown.values()], lines)
+
+
+def _results(study: Study, results: Results) -> list[Piece]:
     of_paper = " In small: the paper's own number." if study.paper else ""
     pieces = [
-        table(["setting", *study.shown.values()], lines),
-        paragraph(f"Mean ± standard deviation over {most} seeds, or as many as brackets say.{of_paper}"),
+        _table(study, results),
+        paragraph(f"Mean ± standard deviation over 3 seeds, or as many as brackets say.{of_paper}"),
     ]
     found = [(pair, results.difference(*pair)) for pair in study.pairs]
     if lines := [_difference(study, *pair, value) for pair, value in found if value]:
@@ -85,7 +115,7 @@ def _cell(value: Summary, paper: float | None) -> str:
     rounding = 1e-9 * max(1, abs(value.mean))
     mean = f"{value.mean:.4g}" if abs(value.mean) > rounding else "0"
     spread = "" if value.std is None or value.std < rounding else f" ± {value.std:.1g}"
-    text = f"{mean}{spread}" + ("" if value.count > 2 else f" ({value.count})")
+    text = f"{mean}{spread}" + ("" if value.count == 3 else f" ({value.count})")
     return text if paper is None else f"{text}\npaper: {paper:g}"
 
 
@@ -115,6 +145,10 @@ def _value(value: Any) -> str:
 def _cost(rows: Sequence[Row]) -> Piece:
     where = sorted({f"{row['hardware']}, {row['threads']} thread(s), torch {row['versions']['torch']}" for row in rows})
     commits = sorted({row["commit"] or "unknown" for row in rows})
-    wall, cpu = (sum(row[name] for row in rows) / 60 for name in ("seconds", "cpu_seconds"))
-    text = f"Cost: {len(rows)} runs, {cpu:.1f} minutes of processor time, {wall:.1f} minutes by the clock"
+    wall = sum(row["seconds"] for row in rows) / 60
+    text = f"Cost: {len(rows)} runs, {_spent(rows)}, {wall:.1f} minutes by the clock"
     return paragraph(f"{text}, on {'; '.join(where)}. Commits: {', '.join(commits)}.")
+
+
+def _spent(rows: Sequence[Row]) -> str:
+    return f"{sum(row['cpu_seconds'] for row in rows) / 60:.1f} minutes of processor time"
