@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from tiny import adversarial, decoder_recipe, dit_recipe
 from rae import RAE, DiffusionModel
 from rae.commands import cost
 from rae.commands.cost import GIB, SHARE, latent_bytes, memory, plan, print_cost, print_published, report
-from rae.commands.cost_devices import DEVICES, Measurement, find_device, measure
+from rae.commands.cost_devices import DEVICES, Measurement, describe_machine, find_device, measure
 from rae.commands.cost_subject import open_subject
 from rae.config import ConfigError
 from rae.data.latent_format import CacheSettings, Origin, shard_bytes
@@ -226,6 +227,12 @@ def test_measuring_grows_until_a_pass_says_something(monkeypatch):
     assert found.images == 64  # 0.64 s
     assert found.seconds == pytest.approx(0.64)
     assert measure(asked.append, torch.device("cpu"), most=20, patience=0.5).images == 20
+
+
+def test_a_busy_machine_is_said_to_be_busy(monkeypatch):
+    for load, said in ((0.5, False), (1e3, True)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0, 0))
+        assert ("busy with other work" in describe_machine(torch.device("cpu"))) == said
 
 
 def test_sheets_are_ordered_as_hardware_is():

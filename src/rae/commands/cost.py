@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rae.autoencoder.decoder import Decoder
-from rae.commands.cost_devices import DEVICES, Precision, describe_machine, find_device, measure, this_machine
+from rae.commands.cost_devices import DEVICES, Device, Precision, describe_machine, find_device, measure, this_machine
 from rae.commands.cost_subject import Subject, open_subject
 from rae.commands.cost_training import (
     Length,
@@ -85,7 +85,7 @@ def print_cost(
         if device and not subject.recipe:
             raise ConfigError(f"--device: {name} is a saved model, which tells nothing of training; give its recipe.")
         if device:
-            told["estimate"] = estimate(subject, told, device, devices, SHARE if share is None else share, price)
+            told["estimate"] = estimate(subject, told, sheet, devices, SHARE if share is None else share, price)
         reports.append(told)
         if not as_json:
             _print(told)
@@ -162,12 +162,18 @@ def latent_bytes(subject: Subject) -> dict[str, int]:
 
 
 def estimate(
-    subject: Subject, told: dict[str, Any], device: str, devices: int, share: float, price: float | None
+    subject: Subject, told: dict[str, Any], sheet: Device | None, devices: int, share: float, price: float | None
 ) -> dict[str, Any]:
-    """Hours, images per second, whether it fits, money; and what that rests on."""
+    """Hours, images per second, whether it fits, money; and what that rests on.
+
+    Args:
+        subject, told: what is counted, and what `report` said of it.
+        sheet: of the device; None = this machine, measured.
+        devices, share, price: see `print_cost`.
+    """
     size, phases = plan(subject, devices)
     precisions = {part.precision for phase in phases for part in phase.work}
-    if sheet := find_device(device):
+    if sheet:
         on, room = sheet.name, sheet.memory * GIB
         rates: dict[Precision, float] = {precision: share * sheet.peak(precision) for precision in precisions}
         basis = f"assumed: {share:.0%} of the peaks in the {sheet.sheet}"
@@ -232,7 +238,9 @@ def _measured(
     for precision in sorted({"fp32" if precision == "tf32" else precision for precision in precisions}):
         images, seconds = measure(functools.partial(both_ways, dtype=DTYPES[precision]), device, most=most)
         rates[precision] = (3 + recipe.run.recompute) * count(config).flops * images / seconds
-        said.append(f"{_prefixed(rates[precision], 'FLOP/s')} in {precision}, {images} images at a time")
+        said.append(
+            f"{_prefixed(rates[precision], 'FLOP/s')} in {precision}, {images} image{'s' * (images > 1)} at a time"
+        )
     if "tf32" in precisions:
         rates["tf32"] = rates["fp32"]
     return rates, f"measured: {'; '.join(said)}, both ways through {through}; assumed: all else at the same rate"

@@ -1,6 +1,7 @@
 """How fast a device multiplies and what it holds: peaks of the vendors' data sheets, or a rate measured on this one."""
 
 import difflib
+import os
 import time
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -76,10 +77,12 @@ def this_machine() -> torch.device:
 
 
 def describe_machine(device: torch.device) -> str:
+    """Its name and, of a CPU, what makes the same measurement slower at another time."""
     if device.type == "cuda":
         return f"this machine's {torch.cuda.get_device_name(device)}"
-    threads = torch.get_num_threads()
-    return f"this machine's CPU, {threads} thread{'s' * (threads > 1)}"
+    threads, load, cores = torch.get_num_threads(), os.getloadavg()[0], os.cpu_count()
+    busy = f", busy with other work (load {load:.0f} on {cores} cores)" if load > cores else ""
+    return f"this machine's CPU, {threads} thread{'s' * (threads > 1)}{busy}"
 
 
 class Measurement(NamedTuple):
