@@ -237,7 +237,8 @@ def figures(results: Results) -> list[Piece]:
     return [
         curves(bound | {f: over(s, "ratio", "loss") for f, s in families.items()}, "Loss by width", axis, "loss"),
         curves(
-            {"(n − d)/n": ([4, 24], [0.5, 0.5]), "d = n/2": over(depths, "depth", "loss")},
+            {"(n − d)/n": ([4, 24], [0.5, 0.5])}
+            | {"d = n/2": over(depths, "depth", "loss"), "d = n": over(["d = n"], "depth", "loss")},
             "Loss by depth at half the width",
             "blocks",
             "loss",
