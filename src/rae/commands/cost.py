@@ -42,7 +42,7 @@ GIB = 2**30
 SHARE = 0.35  # of a data sheet's peak: about the 350 TFLOP/s of an H100 that the recipes' headers assume
 WHOLE, DEPTH = 10**8, 2  # a network of more parameters than that is measured by so many of its blocks
 ROOM = 0.95  # of a device's memory; the rest is for what the allocator cannot use
-LEFT_OUT = "reading images, encoding what is kept, the optimiser, evaluation, checkpoints, what several devices tell each other"
+LEFT_OUT = "reading images, encoding what is kept, the optimiser, evaluation, checkpoints, talk between devices"
 
 
 def print_cost(
