@@ -5,7 +5,6 @@ not below; it fails if its interval is below 0 and that of the second metric not
 """
 
 import math
-import statistics
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -49,16 +48,6 @@ def _text(difference: Difference | None) -> str:
         return "not measured"
     spread = "one seed" if difference.error is None else f"± {difference.error:.2g}, {difference.count} seeds"
     return f"{difference.mean:+.3g}, {spread}"
-
-
-def paired(results: Results, first: tuple[str, str], second: tuple[str, str]) -> Difference | None:
-    """first - second, seed by seed, each (setting, number); None where they have no seed in common."""
-    a, b = results.values(*first), results.values(*second)
-    found = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
-    if not found:
-        return None
-    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None
-    return Difference(statistics.fmean(found), error, len(found))
 
 
 def better(results: Results, says: str, this: str, than: str) -> Claim:

@@ -9,8 +9,8 @@ from rae.autoencoder.latents import SigmaLaw
 from rae.evaluation import flops
 from rae.evaluation.report import Piece, curves, dots
 from rae.experiments import world
-from rae.experiments.claims import RULE, Claim, better, decide, paired
-from rae.experiments.frame import Config, Numbers, Place, Results, Study, Verdict
+from rae.experiments.claims import RULE, Claim, better, decide
+from rae.experiments.frame import Config, Difference, Numbers, Place, Results, Study, Verdict
 
 NETWORKS = {
     "DiT, d = n/2": {"network": "dit", "size": [192, 4, 12]},
@@ -55,10 +55,12 @@ def judge(results: Results) -> Verdict:
     """By `STUDY.rule`."""
 
     def decoders(says: str, setting: str, this: str, than: str) -> Claim:
-        pairs = (((setting, f"{fd}, {than}"), (setting, f"{fd}, {this}")) for fd in ("fd_dino", "fd_net"))
-        return Claim(says, *(paired(results, *pair) for pair in pairs))
+        return Claim(says, *(between(setting, f"{fd}, {than}", f"{fd}, {this}") for fd in ("fd_dino", "fd_net")))
 
-    reconstructions = paired(results, (WIDE, "rfd_dino, tau 0.8"), (WIDE, "rfd_dino, tau 0"))
+    def between(setting: str, number: str, other: str) -> Difference | None:
+        return Difference.between(results.values(setting, number), results.values(setting, other))
+
+    reconstructions = between(WIDE, "rfd_dino, tau 0.8", "rfd_dino, tau 0")
     claims = [
         better(results, "a DiT as wide as its tokens is better than a narrower one", WIDE, NARROW),
         better(results, "shifted times are better for the wide DiT", WIDE, WIDE_PLAIN),
