@@ -44,6 +44,7 @@ from rae.data.order import epoch_order
 from rae.evaluation.features import Extractor, open_extractor
 from rae.evaluation.judge import Figure, judge
 from rae.evaluation.reference import FeatureSet
+from rae.evaluation.uncertainty import written
 
 CHANGED = 2  # standard errors that a step must be, to be one
 QUALITY = {"frechet": "rises", "frechet_infinite": "rises", "kid": "rises", "precision": "falls", "density": "falls"}
@@ -158,18 +159,13 @@ def verdict(cells: Sequence[Cell], figure: str, meant: str | None) -> str:
 # --- what is written -------------------------------------------------------------------------------------------------
 
 
-def number(figure: Figure) -> str:
-    digits = max(0, 1 - math.floor(math.log10(figure.error))) if figure.error else 4
-    return f"{figure.value:.{digits}f} ± {figure.error:.{digits}f}"
-
-
 def tables(cells: Sequence[Cell], about: str) -> str:
     figures = cells[0].figures
     heads = [name.partition("/")[0].replace("_infinite", ", infinite N") for name in figures]
     lines = [about, "", "| damage | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for cell in cells:
         name = "none" if cell.damage == "real" else f"{cell.damage}, {UNITS[cell.damage].format(cell.strength)}"
-        lines.append(f"| {name} | " + " | ".join(map(number, cell.figures.values())) + " |")
+        lines.append(f"| {name} | " + " | ".join(written(f.value, f.error) for f in cell.figures.values()) + " |")
     lines += ["", "| damage | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for damage, meant in MEANT.items():
         own = [cells[0], *(cell for cell in cells if cell.damage == damage)]

@@ -15,12 +15,13 @@ from test_report import Reader, decode
 
 from rae.commands import compare_nearest
 from rae.commands.compare import write_report
-from rae.commands.compare_figures import apart, call, measured, rows, verdict
+from rae.commands.compare_figures import apart, call, rows, verdict
 from rae.commands.compare_nearest import Nearest
 from rae.commands.compare_read import Evaluation, Judged, read_all, short_names
 from rae.commands.compare_runs import compare_recipes
 from rae.data.images import DataConfig
 from rae.evaluation.report import ReportError
+from rae.evaluation.uncertainty import written
 
 DECODER = {
     "encoder": {"name": "dinov2", "image_size": [4, 4]},
@@ -351,7 +352,7 @@ def test_no_verdict_is_given_to_chance():
     ],
 )
 def test_values_have_the_digits_that_their_error_leaves_them(value, error, text):
-    assert measured(value, error) == text
+    assert written(value, error) == text
 
 
 FD = {"frechet/dino": (10.0, 0.5, "lower")}

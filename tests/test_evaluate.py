@@ -332,6 +332,34 @@ def test_a_reference_of_adm_is_not_resized(encoder, tmp_path, refused, monkeypat
     assert "adm.npz 40 x 40: figures across sizes mean nothing" in told
 
 
+def test_moments_without_images_or_spatial_features(encoder, sets, tmp_path, refused, run, monkeypatch):
+    """The tiny encoder stands for Inception: its features are spatial ones and logits as well."""
+    inner = open_extractor(str(encoder), input_size=16)
+    real = inner.forward
+    inner.forward = lambda images: (found := real(images)) | {"spatial": found["features"], "logits": found["features"]}
+    monkeypatch.setattr(look_module, "open_extractor", lambda name, **_: inner)
+    pixels = np.stack([open_images(sets[1])[i][0] for i in range(26)])
+    command = ["evaluate", sets[0], "--reference", tmp_path / "r.npz", "--out", tmp_path / "out"]
+    np.savez(tmp_path / "r.npz", mu=np.zeros(16), sigma=np.eye(16))
+    assert "holds moments but no images for the metrics" in refused(*command)
+    np.savez(tmp_path / "r.npz", pixels, mu=np.zeros(16), sigma=np.eye(16))
+    assert "no sFID, for" in run(*command)
+    assert figures(tmp_path / "out").keys() == {*METRICS, "inception_score"}
+    assert figures(tmp_path / "out")["frechet"]["protocol"] == "21 images against images of a number not known"
+    np.savez(tmp_path / "r.npz", pixels, mu=np.zeros(16), sigma=np.eye(16), mu_s=np.zeros(16), sigma_s=np.eye(16))
+    run(*command)
+    found = values(tmp_path / "out")
+    assert found["sfid"] == pytest.approx(found["frechet"])  # the same features and moments
+
+
+def test_the_first_images_of_some_classes_only_are_flagged(look, run, tmp_path):
+    for kind, mean in (("dark", 40), ("light", 220)):
+        save_images(tmp_path / "real" / kind, 30, seed=1, mean=mean)
+    command = ["evaluate", tmp_path / "real", "--reference", tmp_path / "real/dark", *look, "--out", tmp_path / "out"]
+    assert "no images of 1 of 2 classes of the subject are among those used" in run(*command, "--num", 30)
+    assert "are among those used" not in run(*command[:-1], tmp_path / "all")
+
+
 # --- bad input
 
 
@@ -363,6 +391,7 @@ def test_broken_images_are_named_and_left_out(sets, look, refused, run, tmp_path
         (["SAMPLES", "--reference", "REAL", "--num", 99], "holds 21 images, 99 are asked for"),
         (["SAMPLES", "--reference", "REAL", "--num", 4], "too few"),
         (["SAMPLES", "--reference", "REAL", "--cfg", 2], "--cfg is of models of stage 2"),
+        (["SAMPLES", "--reference", "REAL", "--lpips"], "--lpips is of reconstructions and what they are of"),
         (["SAMPLES", "--reference", "nowhere"], "nowhere: no such folder"),
         (["DIT", "--reference", "REAL"], "Say how many samples to make"),
         (["DIT", "--num", 9], "say what its images are compared with"),

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 from rae.commands.compare_read import Compared, Evaluation, Judged, made_by
 from rae.commands.compare_runs import recipes
+from rae.commands.reference import UNKNOWN
 from rae.evaluation.report import Piece, beside, dots, heading, note, paragraph, table
+from rae.evaluation.uncertainty import written
 
 DIFFERENT = 2  # standard errors of a difference, beyond which it is called one
 ARROWS = {"lower": "↓", "higher": "↑"}
@@ -121,16 +123,8 @@ def call(difference: float, error: float, better: str) -> str:
     return "better" if (difference < 0) == (better == "lower") else "worse"
 
 
-def measured(value: float, error: float | None) -> str:
-    """A value to the digits that its error leaves it, 12.35 ± 0.12; to four where none is known."""
-    if not error or not math.isfinite(value) or not math.isfinite(error):
-        return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
-    digits = max(0, 1 - math.floor(math.log10(error)))
-    return f"{value:,.{digits}f} ± {error:,.{digits}f}"
-
-
 def signed(difference: float, error: float) -> str:
-    return ("" if difference < 0 else "+") + measured(difference, error)
+    return ("" if difference < 0 else "+") + written(difference, error)
 
 
 def _title(row: Row) -> str:
@@ -140,7 +134,7 @@ def _title(row: Row) -> str:
 def _cells(row: Row) -> list[str]:
     first, cells = None, []
     for figure in row.figures:
-        cells.append(measured(figure.value, figure.error) if figure else "-")
+        cells.append(written(figure.value, figure.error) if figure else "-")
         if first and figure:
             cells[-1] += f"\n{verdict(first, figure)}"
         first = first or figure
@@ -157,8 +151,9 @@ def _about(judged: dict[str, Evaluation]) -> list[str]:
     cells = ["judged, against"]
     for evaluation in judged.values():
         subject, reference = evaluation.subject, evaluation.reference
+        whose = "" if reference.role == UNKNOWN else f", {reference.role} of the run"
         cells.append(
             f"{subject.images:,} {subject.kind}\n{subject.source}\nagainst {reference.images:,} of {reference.source}"
-            f" ({(reference.identity or 'unknown')[:12]})"
+            f" ({(reference.identity or 'unknown')[:12]}){whose}"
         )
     return cells

@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from rae.commands.compare_figures import DIFFERENT, measured
+from rae.commands.compare_figures import DIFFERENT
 from rae.commands.compare_pictures import SHOWN, shown_width
 from rae.commands.compare_read import Compared, Pictures
 from rae.commands.feature_folder import read_features, write_features
@@ -24,6 +24,7 @@ from rae.data.images import DataConfig, Views, open_images, open_split
 from rae.evaluation.features import open_extractor
 from rae.evaluation.nearest import Memorisation, memorisation, nearest
 from rae.evaluation.report import Piece, ReportError, curves, heading, note, paragraph, sheet, table
+from rae.evaluation.uncertainty import written
 from rae.processes import process_state
 from rae.training.display import progress
 
@@ -186,7 +187,7 @@ def _table(figures: Mapping[str, Memorisation], distances: Mapping[str, Tensor])
     medians = [f"{distances[name].median():.4g}" for name in figures]
     rows.append([f"median distance\nheld-out: {distances['held-out real images'].median():.4g}", *medians])
     rows.append(
-        ["nearer than a new real image\nAUC; 0.5 = no difference", *(measured(*f.auc) for f in figures.values())]
+        ["nearer than a new real image\nAUC; 0.5 = no difference", *(written(*f.auc) for f in figures.values())]
     )
     first = next(iter(figures.values()))
     if first.share:

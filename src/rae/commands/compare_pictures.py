@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from rae.commands.compare_figures import ARROWS, DIFFERENT, call, measured, signed
+from rae.commands.compare_figures import ARROWS, DIFFERENT, call, signed
 from rae.commands.compare_read import Compared, Pictures, made_by
 from rae.commands.compare_runs import recipes
 from rae.commands.pictures import read_picture
 from rae.evaluation.report import Piece, heading, note, paragraph, sheet, table
-from rae.evaluation.uncertainty import measured_mean
+from rae.evaluation.uncertainty import measured_mean, written
 
 SHOWN = 8  # images in a row
 ROWS = 4  # of samples, all folders together, where there are that many of the same seeds
@@ -85,11 +85,11 @@ def _figures(values: Mapping[str, Mapping[str, np.ndarray]], group: Sequence[str
     lines = []
     for name, own in values.items():
         first, *others = map(torch.from_numpy, own.values())
-        cells = [measured(*measured_mean(first))]
+        cells = [written(*measured_mean(first))]
         for each in others:
             difference, error = measured_mean(each - first)
             word = call(difference, error or math.inf, "higher")
-            cells.append(f"{measured(*measured_mean(each))}\n{signed(difference, error)}: {word}")
+            cells.append(f"{written(*measured_mean(each))}\n{signed(difference, error)}: {word}")
         lines.append([f"{FIGURES[name][0]} {ARROWS['higher']}", *cells])
     return table(["figure", *group], lines)
 

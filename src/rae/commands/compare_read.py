@@ -18,6 +18,7 @@ import pydantic
 import yaml
 
 from rae.commands.pictures import picture_name
+from rae.commands.reference import UNKNOWN
 from rae.commands.run_record import _read_log
 from rae.commands.sample_folder import PROTOCOL
 from rae.evaluation.report import ReportError
@@ -100,6 +101,7 @@ class About(pydantic.BaseModel):
     identity: str | None = None
     size: tuple[int, int] | None = None
     crop: str | None = None
+    role: str = UNKNOWN
     protocol: dict[str, Any] = {}
 
 

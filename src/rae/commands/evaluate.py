@@ -7,7 +7,6 @@ reference --open----------> images --extractors--> features ----^
 import dataclasses
 import importlib.metadata
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from rae.commands.look import Features, Look, look_at, open_extractors, say
 from rae.commands.pictures import OutputError, check_file
 from rae.commands.reconstruct import write_reconstructions
 from rae.commands.reference import BOTH, TRAINED, UNKNOWN, Reference, check_size, open_reference, role_of
-from rae.commands.subject import Subject, open_subject
+from rae.commands.subject import Subject, is_pairs, open_subject
 from rae.config import ConfigError
 from rae.data.image_set import Images
 from rae.data.images import DataConfig, open_images, subset
@@ -31,6 +30,7 @@ from rae.evaluation.class_agreement import numbered_alike
 from rae.evaluation.judge import INCEPTION, judge, judge_pairs
 from rae.evaluation.pretrained import load_lpips
 from rae.evaluation.reference import save_reference
+from rae.evaluation.uncertainty import written
 from rae.folders import aside, saved_kind
 from rae.processes import process_state
 
@@ -143,12 +143,14 @@ def evaluate(
         What stands in `evaluation.json`, in the main process.
 
     Raises:
-        ConfigError: no reference, or one that does not go with the subject.
+        ConfigError: no reference, or one that does not go with the subject; LPIPS of images that are no pairs.
         ReferenceError: a reference at another size, or by another extractor.
         OutputError: `out` holds something else.
     """
     begun, data = time.perf_counter(), data.model_copy(update={"label": label})
     look = Look(open_extractors(features, inception, input_size), data, batch)
+    if lpips and not is_pairs(subject):
+        raise ConfigError(f"--lpips is of reconstructions and what they are of; {subject} gives none, leave it out.")
     given = open_reference(reference, look) if reference else None
     distance = load_lpips(purpose="metric").to(process_state().device) if lpips else None
     judged = _prepare(subject, given, out, data=data, num=num, batch=batch, sample=sample)
@@ -248,6 +250,8 @@ def _flags(judged: Subject, own: Features, whole: Features, given: Reference | N
             )
     if given and given.moments:
         flags.append(f"nothing in {whole.about['source']} says by which network and resizing its moments were made")
+        if "spatial" not in given.moments:
+            flags.append(f"no sFID, for {whole.about['source']} holds no moments of spatial features (mu_s, sigma_s)")
     if compressed := sum(name.lower().endswith((".jpg", ".jpeg")) for name in judged.images.names):
         flags.append(f"{compressed:,} of the subject's images are JPEG files, whose artefacts are judged with them")
     if judged.protocol.get("precision", "float32") != "float32":
@@ -257,6 +261,9 @@ def _flags(judged: Subject, own: Features, whole: Features, given: Reference | N
         counts = ours.labels.bincount(minlength=len(ours.names)).tolist()
         if max(counts) > min(counts) + 1:
             flags.append(f"classes are not balanced: {min(counts):,} to {max(counts):,} images of each (Table 14)")
+    for whose, classes in (("subject", ours), ("reference", theirs)):
+        if classes and (none := len(classes.names) - len(classes.labels.unique())):
+            flags.append(f"no images of {none:,} of {len(classes.names):,} classes of the {whose} are among those used")
     if ours and theirs and (said := numbered_alike(ours, theirs)[1]):
         flags.append(said)
     return flags
@@ -273,17 +280,9 @@ def _print(found: dict[str, Any], out: Path) -> None:
         title=escape(f"{found['subject']['source']} against {found['reference']['source']}{whose}"),
     )
     for figure in found["figures"].values():
-        value = rounded(figure["value"], figure["error"])
+        value = written(figure["value"], figure["error"])
         table.add_row(escape(figure["title"]), value, figure["better"], figure["protocol"])
     Console().print(table)
     for flag in found["flags"]:
         say(f"note: {flag}")
     Console().print(f"written: {out / EVALUATION}", highlight=False, soft_wrap=True)
-
-
-def rounded(value: float, error: float | None) -> str:
-    """12.3456, 0.071 -> "12.35 ± 0.07": to the second digit of the error, or to four digits without one."""
-    if not error:
-        return f"{value:.4g}"
-    digits = max(0, 1 - math.floor(math.log10(error)))
-    return f"{value:.{digits}f} ± {error:.{digits}f}"

@@ -44,13 +44,21 @@ def open_reference(source: str, look: Look) -> Reference:
     """Images to be looked at, or features from a file.
 
     Raises:
-        ReferenceError: features by other extractors.
+        ReferenceError: features by other extractors, moments without images, a damaged file.
+        ImageError: images that cannot be opened.
     """
     path = Path(source).expanduser()
     if is_adm_reference(path):
         if others := [name for name in look.extractors if name != INCEPTION]:
             raise ReferenceError(f"{source} holds moments of Inception, none of {', '.join(others)}; leave these out.")
-        return Reference(source, images=open_images(source, None, ""), moments=read_adm_reference(path))
+        moments = read_adm_reference(path)
+        try:
+            return Reference(source, images=open_images(source, None, ""), moments=moments)
+        except ImageError as error:
+            raise ReferenceError(
+                f"{source} holds moments but no images for the metrics that compare images one by one ({error}) "
+                "Give ADM's reference, the images that these are of, or a file that `rae reference` makes of them."
+            ) from error
     if path.suffix != ".safetensors":
         return Reference(source, images=open_images(source, look.data.image, look.data.label))
     about, sets = load_reference(path)

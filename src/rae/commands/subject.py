@@ -18,6 +18,7 @@ from rae.commands.pictures import OutputError
 from rae.commands.sample_folder import PROTOCOL
 from rae.data.image_set import Images, digest, read_image
 from rae.data.images import DataConfig, open_images, subset
+from rae.folders import saved_kind
 
 RECONSTRUCTIONS = "reconstructions.json"
 
@@ -68,6 +69,11 @@ def open_subject(source: str, data: DataConfig, num: int | None) -> Subject:
     if num is not None:
         images, originals = (each and subset(each, range(num)) for each in (images, originals))
     return Subject(kind, source, images, originals, protocol)
+
+
+def is_pairs(source: str) -> bool:
+    """Whether what is judged are reconstructions, there already or made first, beside what they are of."""
+    return saved_kind(source) == "autoencoder" or (Path(source).expanduser() / RECONSTRUCTIONS).is_file()
 
 
 def _read(path: Path) -> dict[str, Any]:

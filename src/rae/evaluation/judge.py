@@ -45,7 +45,7 @@ def judge(samples: FeatureSet, reference: FeatureSet, extractor: str) -> dict[st
 
     Args:
         samples: with all rows. Class agreement is of samples with the classes of the reference only.
-        reference: with moments of all its images, and rows of some.
+        reference: with moments of all its images, and rows of some; sFID where it has moments of spatial features.
         extractor: its name; "inception" has more to tell than encoders.
 
     Returns:
@@ -80,10 +80,11 @@ def judge(samples: FeatureSet, reference: FeatureSet, extractor: str) -> dict[st
             how = f"{among}, k = {NEIGHBOURS}; of real images among each other {among_real.value:.3f}"
             figures["class_agreement"] = _figure(f"class agreement{suffix}", agreement, "higher", how)
     if extractor == INCEPTION:
-        spatial = frechet_measured(samples.rows["spatial"], normal(*reference.moments["spatial"]))
         split = f"splits of {SPLIT:,}" if len(rows) > SPLIT else "all together"
         score = inception_score(samples.rows["logits"])
-        figures["sfid"] = _figure("sFID", spatial, "lower", against)
+        if moments := reference.moments.get("spatial"):
+            spatial = frechet_measured(samples.rows["spatial"], normal(*moments))
+            figures["sfid"] = _figure("sFID", spatial, "lower", against)
         figures["inception_score"] = _figure("Inception Score", score, "higher", f"{len(rows):,} images, {split}")
     return {f"{name}/{extractor}": figure for name, figure in figures.items()}
 

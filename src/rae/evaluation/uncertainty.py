@@ -34,6 +34,14 @@ class Measured(NamedTuple):
     error: float | None
 
 
+def written(value: float, error: float | None) -> str:
+    """12.3456, 0.0712 -> "12.346 ± 0.071": to the second digit of the error; to four digits where none is known."""
+    if not error or not math.isfinite(value) or not math.isfinite(error):
+        return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:,.{digits}f} ± {error:,.{digits}f}"
+
+
 def standard_error(values: Tensor) -> float | None:
     """s / sqrt(N) of the mean of values [N], s with N - 1; None for a single one."""
     return values.double().std().item() / math.sqrt(len(values)) if len(values) > 1 else None
