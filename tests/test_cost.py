@@ -71,7 +71,7 @@ def test_headers_of_stage_2(name):
 def test_activations_are_those_of_the_pages():
     subject = recipe(2, "ditdh-xl_dinov2-b_256")
     size, _ = plan(subject, 1)
-    key = "activations, or the optimiser's temporaries"
+    key = "activations"
 
     def an_image(recompute: bool) -> float:
         one, two = (memory(subject, size, micro=n, recompute=recompute)[key] for n in (512, 1024))

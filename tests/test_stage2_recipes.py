@@ -256,7 +256,7 @@ def memory(path: Path) -> float:
         block = max(block, 75.4 * network.head_width)
     activations = recipe.run.micro_batch * tokens * (kept + block)
     count = parameters(path)
-    return (20 * count + max(activations, 4 * count) + 4 * space.parameters) / 2**30 + 0.5
+    return (20 * count + activations + 4 * space.parameters) / 2**30 + 0.5
 
 
 @each(PUBLISHED)

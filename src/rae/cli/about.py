@@ -64,7 +64,7 @@ def flops(subjects: tuple[str, ...], published: bool, **settings) -> None:
     """
     from rae.commands.cost import print_cost, print_published
 
-    if published == bool(subjects):
+    if published == bool(subjects) or (published and any(settings[name] for name in ("device", "price", "as_json"))):
         raise click.UsageError("give a recipe, a run or a saved model, or --published alone.")
     if published:
         print_published()

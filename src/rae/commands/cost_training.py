@@ -108,7 +108,7 @@ def dit_memory(
     return {
         "weights, gradients, moments, averages": trained,
         "encoder, decoder": 4 * others,
-        "activations, or the optimiser's temporaries": max(activations, 4 * count),
+        "activations": activations,
         "CUDA itself": CUDA,
     }
 
@@ -191,6 +191,6 @@ def decoder_memory(
         "weights, gradients, moments, average": 20 * count,
         "encoder and the networks that judge": frozen,
         "images and tokens of a step": size.local * (3 * image + 2 * noisy) if own else micro * (image + 2 * noisy),
-        "activations, or the optimiser's temporaries": max(micro * (kept + judging), 4 * count),
+        "activations": micro * (kept + judging),
         "CUDA itself": CUDA,
     }
