@@ -11,7 +11,7 @@ from rae.experiments.claims import Claim, decide
 from rae.experiments.frame import Difference, Results, draws
 from rae.experiments.runner import run_study
 
-STUDIES = ("ingredients", "head", "guidance", "labels", "unconditional")
+STUDIES = ("ingredients", "noise", "head", "guidance", "labels", "unconditional")
 ABOVE, BELOW, OPEN = Difference(2.0, 0.1, 3), Difference(-2.0, 0.1, 3), Difference(2.0, 5.0, 3)
 ONE_SEED = Difference(2.0, None, 1)
 
@@ -55,13 +55,10 @@ def numbers(name: str, quality: float, seed: int) -> dict[str, float]:
     """All that a study may ask for of a setting; distances fall with its quality."""
     noise = torch.rand((), generator=draws("rules", seed)).item()  # common to all settings of a seed
     found = dict.fromkeys(("fd_dino", "fd_net", "fd_latent"), 50 + noise - quality) | {"agreement": 0.5}
-    for law, tau in ingredients.DECODERS:
-        column = ingredients.column(law, tau)
+    for tau in ingredients.TAUS:
         for fd in ("fd_dino", "fd_net"):
-            found |= {
-                f"{fd}, {column}": 60 - quality * (1 + tau) - noise,
-                f"r{fd}, {column}": 20 + quality * tau + noise,
-            }
+            found |= {f"{fd}, tau {tau:g}": 60 - quality * (1 + tau) - noise, f"r{fd}, tau {tau:g}": 20 + quality * tau}
+    found |= {f"r{fd}": 20 + quality + noise for fd in ("fd_dino", "fd_net")}  # the study noise
     return found
 
 
@@ -84,6 +81,7 @@ BETTER = {  # what the paper says is better, later in the list
         ingredients.WIDE,
         ingredients.HEAD,
     ],
+    "noise": ["no noise", "tau 0.8, uniform", "tau 0.8, half-normal"],
     "head": ["no head", "288 wide", "384 wide, 2 blocks", "384 wide", "512 wide"],
     "guidance": ["CFG 1.5", "CFG 2.5", "unguided", "CFG up to 0.8 1.5", "CFG up to 0.8 2.5", "AutoGuidance, early 1.5"],
     "labels": ["random", "balanced"],

@@ -14,6 +14,7 @@ NAMES = (
     "theorem",
     "overfit",
     "ingredients",
+    "noise",
     "head",
     "spaces",
     "representation",

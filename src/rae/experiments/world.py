@@ -56,7 +56,7 @@ WORLD: Config = {
     "decoder": [192, 3, 4, 768],  # width, depth, heads, MLP
     "sigma_law": "uniform",
     "tau": 0.8,
-    "decoder_steps": 500,
+    "decoder_steps": 1500,
     "decoder_batch": 32,
     "decoder_lr": 3e-3,  # Muon's, as a cosine to a hundredth
     "network": "dit-dh",
