@@ -116,6 +116,11 @@ def judging_options(command):
         click.option("--inception", type=click.Path(path_type=Path), help="Its weights.  [default: downloaded once]"),
         click.option("--input-size", type=click.IntRange(1), help="Pixels per side that encoders see.  [default: 224]"),
         click.option("--size", type=Size(), help="Crop images to it, as in training.  [default: all have one size]"),
+        click.option(
+            "--label",
+            metavar="COLUMN",
+            help="What holds the classes; '' leaves them alone.  [default: where there is one]",
+        ),
         click.option("--skip-broken", is_flag=True, help="Name the images that cannot be read, and leave them out."),
     )
     for option in reversed(options):
