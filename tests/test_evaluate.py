@@ -242,6 +242,7 @@ def test_a_model_of_stage_1_reconstructs_what_it_is_compared_with(runs, look, ru
     run("evaluate", runs / "decoder", "--reference", real, *look, "--out", tmp_path / "out")
     found = json.loads((tmp_path / "out/evaluation.json").read_text())
     assert found["subject"]["kind"] == "reconstructions"
+    assert (found["subject"]["source"], found["reference"]["source"]) == (str(runs / "decoder"), str(real))
     assert found["figures"].keys() >= {"psnr", "ssim"}
     pairs = [np.asarray(Image.open(file)) for file in sorted((tmp_path / "out/reconstructions").glob("*.png"))]
     both = torch.from_numpy(np.stack(pairs)).permute(0, 3, 1, 2).double() / 255

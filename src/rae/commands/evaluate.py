@@ -154,7 +154,7 @@ def evaluate(
     given = open_reference(reference, look) if reference else None
     distance = load_lpips(purpose="metric").to(process_state().device) if lpips else None
     judged = _prepare(subject, given, out, data=data, num=num, batch=batch, sample=sample)
-    own = look_at(judged.images, size, look, out / "features", source=judged.source)
+    own = look_at(judged.images, size, look, out / "features", source=subject)
     whole = _look_at_reference(judged, given, own, look, out / "reference")
     if not process_state().is_main_process:
         return None
@@ -223,7 +223,8 @@ def _look_at_reference(judged: Subject, given: Reference | None, own: Features, 
     """Features of what the subject is compared with; images are cropped to the subject's size."""
     size = tuple(own.about["size"])
     if judged.originals:  # halves of pairs, of the size of the other halves
-        return look_at(judged.originals, size, look, folder, source=judged.source, what="reference")
+        source = given.source if given else judged.source
+        return look_at(judged.originals, size, look, folder, source=source, what="reference")
     if given.features:
         return given.features
     # Moments of a file are at the size of the images beside them, which is not to be changed.
