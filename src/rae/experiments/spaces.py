@@ -208,7 +208,8 @@ STUDY = Study(
     question="Does a diffusion transformer learn faster and better among a frozen encoder's latents than elsewhere?",
     claim=(
         "arXiv 2510.11690, ImageNet 256, gFID: DiT-XL 4.28 on RAE latents (Table 6), 7.13 on SD-VAE's (Table 10), "
-        "51.09 on pixels (Table 11). Figure 6b: RAE takes far fewer epochs to an FID than what is trained on SD-VAE's."
+        "51.09 on pixels (Table 11). Figure 6b: RAE takes far fewer epochs to an FID than what is trained on "
+        "SD-VAE's."
     ),
     protocol={**world.WORLD, **vae.VAE, "network": "dit", "size": [384, 6, 3], "head": None, "keep_at": KEPT},
     settings={
@@ -219,14 +220,13 @@ STUDY = Study(
     quick={**world.QUICK, **vae.QUICK, "size": [384, 6, 1], "head": None, "steps": 12},
     cost="about 80 minutes of one core: nine models, three decoders, three KL autoencoders",
     rule=(
-        f"{RULE} The metric that decides is the Frechet distance (FD) of class tokens of DINOv2-S at 56 px, the second "
-        "one that of the features of a small network trained on the images alone, which knows nothing of the encoder. "
-        "Claims: at the end of training samples are better in RAE's space than (1) in the KL-VAE's and (2) in pixels; "
-        "(3) RAE reaches the FD that the KL-VAE ends with after at most half of the images, the logarithm of FD taken "
-        "as linear in that of the images between the moments at which it is measured; where it never does it counts as "
-        "needing twice all images. Whatever decoders lose is in all of it: the FD of reconstructions stands beside. "
-        "The learning rate is that of the small world, chosen in trials on RAE latents alone, and the rate falls "
-        "towards the end in all spaces alike. No sample of another space than RAE's was seen before the rule."
+        f"{RULE} Claims: at the end of training samples are better in RAE's space than (1) in the KL-VAE's and (2) in "
+        "pixels; (3) RAE reaches the FD that the KL-VAE ends with after at most half of the images, the logarithm of "
+        "FD taken as linear in that of the images between the moments at which it is measured; where it never does "
+        "it counts as needing twice all images. Whatever decoders lose is in all of it: the FD of reconstructions "
+        "stands beside. The learning rate is that of the small world, chosen in trials on RAE latents alone, and the "
+        "rate falls towards the end in all spaces alike. No sample of another space than RAE's was seen before the "
+        "rule."
     ),
     judge=judge,
     run=run,

@@ -88,11 +88,10 @@ STUDY = Study(
     quick=world.QUICK,
     cost="about 20 minutes of one core: six decoders",
     rule=(
-        f"{RULE} Claims, of reconstructions of held-out images: (1) the direct decoder's have a lower Frechet distance "
-        "(FD) of class tokens of DINOv2-S at 56 px, the second metric being that of the features of a small network "
-        "trained on the images alone; (2) they have a higher PSNR; (3) of those made of a quarter of the tokens, that "
-        "network reads no more than a tenth of all images less as what they show. The paper's samples are not made "
-        "again: no diffusion model is trained. No run came before the rule."
+        f"{RULE} Claims, of reconstructions of held-out images: (1) the direct decoder's have a lower FD, (2) and a "
+        "higher PSNR; (3) of those made of a quarter of the tokens, the small network reads no more than a tenth of "
+        "all images less as what they show. The paper's samples are not made again: no diffusion model is trained. "
+        "No run came before the rule."
     ),
     judge=judge,
     run=run,
