@@ -60,6 +60,17 @@ def test_signal_in_the_last_step_ends_what_comes_after(encoder, tmp_path, monkey
     assert (tmp_path / "run/latest").read_text() == "000000096\n"
 
 
+def test_signal_before_the_first_step_ends_at_once(encoder, finished, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr("rae.training.decoder.latent_statistics", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit) as stopped:
+            train_decoder(decoder_recipe(encoder), tmp_path / "run")
+    assert stopped.value.code == 143
+    assert "ended before the first step" in capsys.readouterr().err
+    train_decoder(decoder_recipe(encoder), tmp_path / "run")
+    assert same_bits(tmp_path / "run", finished)
+
+
 # --- the same command, and a longer run
 
 

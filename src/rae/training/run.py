@@ -105,7 +105,7 @@ class Run:
         self.micro_batch = config.micro_batch or self.local_batch
         self.main = self.accelerator.is_main_process
         self.console = Console(stderr=True, quiet=not self.main)
-        self.seen, self.stop, self._asked, self._window = 0, None, None, {}
+        self.seen, self.stop, self._asked, self._window, self._begun = 0, None, None, {}, False
         self._best, self._best_at = math.inf, None  # of the figure that `judge` compares, and where it was
         self._judged_by = None  # the images of that figure
         self._starts: dict[str, int] = {}
@@ -263,6 +263,7 @@ class Run:
         self._advance = self._stack.enter_context(
             progress("training", self.total, start=self.seen, console=self.console)
         )
+        self._begun = True
 
     def finish_step(self, **figures: float) -> None:
         """Count one step; `figures`, among them `loss`, are averaged until the next line of the log."""
@@ -422,12 +423,15 @@ class Run:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM ends the run after its step, a second one at once."""
+        """The first Ctrl-C or SIGTERM ends the run after its step, a second one, or one before all steps, at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def receive(number: int, _: object) -> None:
+            if not self._begun:  # statistics, latents: minutes, of which nothing could be saved
+                self._say(f"{signal.Signals(number).name}: ended before the first step. Run the same command again.")
+                raise SystemExit(128 + number)
             self._asked = number
             signal.signal(number, before[number])
             self._say(f"{signal.Signals(number).name}: finishing the step and saving; once more to end at once")
