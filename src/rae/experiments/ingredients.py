@@ -93,7 +93,9 @@ STUDY = Study(
         "of tau 0.8 is better than that of 0 (4) for the wide DiT, (5) for DiT-DH, (6) and reconstructs worse, by "
         "DINOv2 alone; (7) DiT-DH is better than the wide DiT. The paper's shift, sqrt(m/4096), is 1.22 for these "
         "latents of m = 6,144 numbers, which nothing this small could tell from 1; 2.5 asks whether noisier times help "
-        "here, not whether 4,096 is the right base."
+        "here, not whether 4,096 is the right base. Seen before this was written: one run of DiT-DH, shifted, seed 0, "
+        "with decoders trained for a third of the steps: FD 75.9 with tau 0.8, 63.9 with tau 0 (reconstructions 76.0 "
+        "and 57.6), 63 % read as asked; nothing of the other networks or of no shift."
     ),
     judge=judge,
     run=run,
