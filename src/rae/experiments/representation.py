@@ -107,7 +107,7 @@ STUDY = Study(
     },
     settings={RAE: {"space": "rae"}, KL: {"space": "vae"}, PIXELS: {"space": "pixels"}},
     quick={"images": 60, "held_out": 30, "enlarge": True, "probe_images": 50, **QUICK},
-    cost="about half an hour of one core, two thirds of it three KL autoencoders",
+    cost="about 20 minutes of one core, half of it three KL autoencoders",
     rule=(
         "A claim holds if the difference that it is about is above 0 by the interval of its mean over the seeds (± "
         "the 95 % quantile of Student's t times the standard error), fails if below, is open otherwise. Agrees if "

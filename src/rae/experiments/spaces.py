@@ -218,7 +218,7 @@ STUDY = Study(
         PIXELS: {"space": "pixels", "patch_size": 7},
     },
     quick={**world.QUICK, **vae.QUICK, "size": [384, 6, 1], "head": None, "steps": 12},
-    cost="about 80 minutes of one core: nine models, three decoders, three KL autoencoders",
+    cost="about an hour of one core: nine models, three decoders, three KL autoencoders",
     rule=(
         f"{RULE} Claims: at the end of training samples are better in RAE's space than (1) in the KL-VAE's and (2) in "
         "pixels; (3) RAE reaches the FD that the KL-VAE ends with after at most half of the images, the logarithm of "

@@ -2,8 +2,8 @@
 
     loss = mean |x - D(z)| + beta * mean KL(N(mu, s^2) || N(0, 1)),    z = mu + s n,  (mu, s) = E(x),  n ~ N(0, I)
 
-The network is diffusers' AutoencoderKL, so that `sd-vae:FOLDER@SIZE` opens what is saved. LPIPS and a discriminator,
-which SD-VAE was trained with, there are none.
+The network is diffusers' AutoencoderKL, so that `sd-vae:FOLDER@SIZE` opens what is saved. Unlike SD-VAE's, its loss has
+no LPIPS and no discriminator; nor has that of the small world's decoders, beside which it stands.
 """
 
 import json
@@ -24,7 +24,7 @@ from rae.data.order import batch_positions, image_index
 from rae.experiments import world
 from rae.experiments.frame import Config as Protocol
 from rae.experiments.frame import Place, draws, seed_of
-from rae.folders import aside
+from rae.folders import aside, fsync, fsync_all
 from rae.training.display import progress
 
 if TYPE_CHECKING:
@@ -135,7 +135,9 @@ def train_vae(recipe: VAERecipe, images: Tensor, folder: str | Path) -> Path:
     vae.save_pretrained(hidden)
     (hidden / "log.json").write_text(json.dumps(log) + "\n")
     (hidden / "recipe.json").write_text(json.dumps(about) + "\n")
+    fsync_all(hidden)
     hidden.rename(folder)
+    fsync(folder.parent)
     return folder
 
 
