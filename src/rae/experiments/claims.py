@@ -1,15 +1,18 @@
-"""How studies of trained models decide: differences seed by seed, of which a claim says that they are above 0.
+"""How studies of trained models decide, and show their settings side by side.
 
-A claim holds if its interval (`Difference.interval`) is above 0, and that of a second metric, where there is one, is
-not below; it fails if its interval is below 0 and that of the second metric not above; else it is open.
+A claim says that a difference, taken seed by seed, is above 0. It holds if its interval (`Difference.interval`) is above
+0, and that of a second metric, where there is one, is not below; it fails if its interval is below 0 and that of the
+second metric not above; else it is open.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
+from rae.evaluation.report import Piece, dots
 from rae.experiments.frame import Difference, Results, Verdict
 
+DINO, NET = "FD of DINOv2's class tokens", "FD of the judge's features"  # what plots call the two metrics
 RULE = (
     "A claim holds if the difference that it is about is above 0 by the interval of its mean over the seeds (± the "
     "95 % quantile of Student's t times the standard error), and the second metric's is not below 0 by its own; it "
@@ -53,6 +56,22 @@ def _text(difference: Difference | None) -> str:
 def better(results: Results, says: str, this: str, than: str) -> Claim:
     """The claim that one setting's samples are better than another's, by fd_dino and, as second metric, fd_net."""
     return Claim(says, *(results.difference(number, than, this) for number in ("fd_dino", "fd_net")))
+
+
+def by_setting(results: Results, settings: Iterable[str], axes: Mapping[str, str]) -> list[Piece]:
+    """For each number => axis a plot: means over the seeds, with their standard errors."""
+
+    def mean_and_error(setting: str, number: str) -> tuple[float, float | None] | None:
+        if not results.seeds(setting):
+            return None
+        mean, std, count = results[setting, number]
+        return mean, None if std is None else std / math.sqrt(count)
+
+    settings = list(settings)
+    return [
+        dots({setting: mean_and_error(setting, number) for setting in settings}, f"Settings by {number}", axis)
+        for number, axis in axes.items()
+    ]
 
 
 def decide(claims: Sequence[Claim], besides: str = "") -> Verdict:

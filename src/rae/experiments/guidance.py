@@ -12,7 +12,7 @@ from rae.diffusion.sampling import time_grid
 from rae.evaluation import flops
 from rae.evaluation.report import Piece, curves
 from rae.experiments import ingredients, world
-from rae.experiments.claims import RULE, better, decide
+from rae.experiments.claims import DINO, NET, RULE, better, decide
 from rae.experiments.frame import Config, Numbers, Place, Results, Study, Verdict
 
 SCALES = (1.5, 2.5)
@@ -81,7 +81,7 @@ def figures(results: Results) -> list[Piece]:
         there = {scale: setting for scale, setting in there.items() if results.seeds(setting)}
         return list(there), [results[setting, number].mean for setting in there.values()]
 
-    titles = {"fd_dino": ingredients.DINO, "fd_net": "FD of the judge's features", "agreement": "read as asked"}
+    titles = {"fd_dino": DINO, "fd_net": NET, "agreement": "read as asked"}
     return [
         curves({kind: by_scale(kind, number) for kind in KINDS}, f"Guidance: {number}", "scale", title)
         for number, title in titles.items()

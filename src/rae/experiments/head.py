@@ -5,9 +5,9 @@ are those of `ingredients`: where that study has run, they are there.
 """
 
 from rae.evaluation import flops
-from rae.evaluation.report import Piece, dots
+from rae.evaluation.report import Piece
 from rae.experiments import ingredients, world
-from rae.experiments.claims import RULE, better, decide
+from rae.experiments.claims import DINO, NET, RULE, better, by_setting, decide
 from rae.experiments.frame import Config, Numbers, Place, Results, Study, Verdict
 
 PLAIN, SAME = "no head", "384 wide"  # of equal compute
@@ -44,11 +44,7 @@ def judge(results: Results) -> Verdict:
 
 
 def figures(results: Results) -> list[Piece]:
-    by_metric = {"fd_dino": ingredients.DINO, "fd_net": "FD of the judge's features"}
-    return [
-        dots({s: world.mean_and_error(results, s, fd) for s in SETTINGS}, f"Samples: {fd}", axis)
-        for fd, axis in by_metric.items()
-    ]
+    return by_setting(results, SETTINGS, {"fd_dino": DINO, "fd_net": NET})
 
 
 STUDY = Study(

@@ -6,9 +6,9 @@ these differ by is not drowned in what models differ by.
 """
 
 from rae.evaluation import flops
-from rae.evaluation.report import Piece, dots
+from rae.evaluation.report import Piece
 from rae.experiments import world
-from rae.experiments.claims import RULE, Claim, better, decide
+from rae.experiments.claims import DINO, NET, RULE, Claim, better, by_setting, decide
 from rae.experiments.frame import Config, Difference, Numbers, Place, Results, Study, Verdict
 
 NETWORKS = {
@@ -21,7 +21,6 @@ SETTINGS = {f"{net}, {how}": {**NETWORKS[net], "shift": shift} for how, shift in
 HEAD, WIDE, NARROW, HEAD_PLAIN, WIDE_PLAIN, _ = SETTINGS
 SETTINGS[HEAD]["keep_at"] = ["20%", "50%"]  # for the study guidance, which is about this one
 TAUS = (0.8, 0.0)  # the first one is the decoder of all that is not about decoders
-DINO = "FD of DINOv2's class tokens"
 
 
 def run(config: Config, setting: str, seed: int, place: Place) -> Numbers:
@@ -65,11 +64,8 @@ def judge(results: Results) -> Verdict:
 
 
 def figures(results: Results) -> list[Piece]:
-    by_metric = {"fd_dino": DINO, "fd_net": "FD of the judge's features", "fd_latent": "FD of mean tokens, not decoded"}
-    return [
-        dots({s: world.mean_and_error(results, s, fd) for s in SETTINGS}, f"Samples: {fd}", axis)
-        for fd, axis in by_metric.items()
-    ]
+    axes = {"fd_dino": DINO, "fd_net": NET, "fd_latent": "FD of mean tokens, not decoded"}
+    return by_setting(results, SETTINGS, axes)
 
 
 STUDY = Study(

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from rae.evaluation.frechet import distance_between, normal_of
-from rae.evaluation.report import Piece, dots
+from rae.evaluation.report import Piece
 from rae.experiments import ingredients, world
-from rae.experiments.claims import RULE, better, decide
+from rae.experiments.claims import DINO, RULE, better, by_setting, decide
 from rae.experiments.frame import Config, Numbers, Place, Results, Study, Verdict, draws
 
 SETTINGS = {"balanced": {"random": False}, "random": {"random": True}}
@@ -70,7 +70,7 @@ def judge(results: Results) -> Verdict:
 
 
 def figures(results: Results) -> list[Piece]:
-    return [dots({s: world.mean_and_error(results, s, "fd_dino") for s in SETTINGS}, "Labels", ingredients.DINO)]
+    return by_setting(results, SETTINGS, {"fd_dino": DINO})
 
 
 STUDY = Study(

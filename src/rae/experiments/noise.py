@@ -6,7 +6,7 @@ paper draws sigma as |N(0, tau^2)|, of mean 0.8 tau; its code as tau U(0,1), of 
 
 from rae.evaluation.report import Piece, curves
 from rae.experiments import ingredients, world
-from rae.experiments.claims import RULE, Claim, better, decide
+from rae.experiments.claims import DINO, NET, RULE, Claim, better, decide
 from rae.experiments.frame import Config, Numbers, Place, Results, Study, Verdict
 
 TAUS = (0.5, 0.8, 1.0)
@@ -47,7 +47,7 @@ def figures(results: Results) -> list[Piece]:
         there = {tau: setting for tau, setting in there.items() if results.seeds(setting)}
         return list(there), [results[setting, number].mean for setting in there.values()]
 
-    axes = {"dino": ingredients.DINO, "net": "FD of the judge's features"}
+    axes = {"dino": DINO, "net": NET}
     kinds = {"samples": "fd", "reconstructions": "rfd"}
     return [
         curves(

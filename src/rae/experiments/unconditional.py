@@ -1,9 +1,9 @@
 """Table 18 in small: the same DiT-DH without classes, and AutoGuidance, which needs none."""
 
 from rae.diffusion.guidance import AutoGuidance
-from rae.evaluation.report import Piece, dots
+from rae.evaluation.report import Piece
 from rae.experiments import ingredients, world
-from rae.experiments.claims import RULE, better, decide
+from rae.experiments.claims import DINO, RULE, better, by_setting, decide
 from rae.experiments.frame import Config, Numbers, Place, Results, Study, Verdict
 
 CLASSES, NONE, GUIDED = "by class", "unconditional", "unconditional, AutoGuidance"
@@ -35,7 +35,7 @@ def judge(results: Results) -> Verdict:
 
 
 def figures(results: Results) -> list[Piece]:
-    return [dots({s: world.mean_and_error(results, s, "fd_dino") for s in SETTINGS}, "Samples", ingredients.DINO)]
+    return by_setting(results, SETTINGS, {"fd_dino": DINO})
 
 
 STUDY = Study(

@@ -11,7 +11,6 @@ of just these, so that studies that share them share it, and what was killed goe
 import functools
 import hashlib
 import json
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +34,7 @@ from rae.diffusion.sampling import generate
 from rae.evaluation.features import Extractor, open_extractor
 from rae.evaluation.frechet import distance_between, normal_of
 from rae.evaluation.reconstruction import psnr
-from rae.experiments.frame import Config, Numbers, Place, Results
+from rae.experiments.frame import Config, Numbers, Place
 from rae.experiments.metric import Judge, load_judge, read, save_judge, train_judge
 from rae.folders import aside
 from rae.training.decoder import DecoderRecipe, train_decoder
@@ -96,8 +95,8 @@ QUICK: Config = {
 DATA = ("data", "image_size", "images", "held_out", "enlarge")
 SPACE = (*DATA, "encoder", "input_size")
 DECODER = (*SPACE, "decoder", "sigma_law", "tau", "decoder_steps", "decoder_batch", "decoder_lr")
-NETWORK = ("network", "size", "head", "shift", "steps", "batch", "lr", "ema", "drop_labels", "unconditional")
-MODEL = (*SPACE, *NETWORK, "keep_at", "precision")
+MODEL = (*SPACE, "network", "size", "head", "shift", "steps", "batch", "lr", "ema", "drop_labels", "unconditional")
+MODEL += ("keep_at", "precision")
 
 
 class Data(NamedTuple):
@@ -283,7 +282,7 @@ def dit_recipe(config: Config, seed: int, files: Data, *, rae: Path, latents: Pa
         flow={"shift_base": base},
         drop_labels=config["drop_labels"],
         optim=_optim(config["lr"], ema=config["ema"]) | {"clip": 1.0},
-        sheet={"steps": 10},
+        sheet={"images": 1, "steps": 2},  # by a decoder that was never trained
         run=_run(config["steps"], config["batch"], config["precision"]) | {"keep_at": config["keep_at"]},
     )
 
@@ -408,11 +407,3 @@ def judge_accuracy(config: Config, place: Place) -> float:
     """The share of held-out images that the judge reads right."""
     labels = pictures(config, place, "held_out")[1]
     return (held_out(config, place)["classes"] == labels).double().mean().item()
-
-
-def mean_and_error(results: Results, setting: str, number: str) -> tuple[float, float | None] | None:
-    """Mean over the seeds and its standard error, as `dots` takes them; None where nothing has been run."""
-    if not results.seeds(setting):
-        return None
-    mean, std, count = results[setting, number]
-    return mean, None if std is None else std / math.sqrt(count)
