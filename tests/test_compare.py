@@ -400,12 +400,14 @@ def test_how_the_judged_images_were_made_stands_with_the_figures(tmp_path):
     paths = [make_evaluation(tmp_path / name, FD) for name in "ab"]
     for path, cfg in zip(paths, (1.5, 2.0)):
         found = json.loads((path / "evaluation.json").read_text())
+        found["reference"] |= {"role": "held-out images"} if cfg == 2 else {}  # which earlier versions did not know
         found["subject"]["protocol"] = {"guidance": {"kind": "CFG", "scale": cfg}, "steps": 50, "labels": [0, 1] * 250}
         (path / "evaluation.json").write_text(json.dumps(found))
     report = Report(paths, tmp_path / "out")
     assert report.row("guidance.scale") == ["1.5", "2.0"]
     assert "| steps" not in report.markdown
     assert "labels" not in report.html
+    assert report.markdown.count("900 of real (rrrrrrrrrrrr), held-out images of the run") == 1
 
 
 # --- reconstructions -------------------------------------------------------------------------------------------------
