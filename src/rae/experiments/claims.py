@@ -1,8 +1,8 @@
 """How studies of trained models decide, and show their settings side by side.
 
-A claim says that a difference, taken seed by seed, is above 0. It holds if its interval (`Difference.interval`) is above
-0, and that of a second metric, where there is one, is not below; it fails if its interval is below 0 and that of the
-second metric not above; else it is open.
+A claim says that a difference, taken seed by seed, is above 0. It holds if its interval (`Difference.interval`) is
+above 0, and that of a second metric, where there is one, is not below; it fails if its interval is below 0 and that of
+the second metric not above; else it is open.
 """
 
 import math
