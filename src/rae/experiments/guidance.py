@@ -5,6 +5,7 @@ all settings begin at the same noise.
 """
 
 import time
+from pathlib import Path
 
 from rae.diffusion.guidance import CFG, AutoGuidance, inside_interval
 from rae.diffusion.model import DiffusionModel
@@ -32,13 +33,13 @@ SETTINGS = {NONE: {"guide": "none", "scale": 1.0, "t_max": 1.0}} | {
 
 def run(config: Config, setting: str, seed: int, place: Place) -> Numbers:
     """One kind of guidance at one scale, with its cost."""
-    run = world.train(config, seed, place)
-    model = world.load(run, config)
+    folder = world.train(config, seed, place)
+    model = world.load(folder, config)
     guidance, weak = None, None
     if config["guide"] == "classes":
         guidance, weak = CFG(config["scale"], t_max=config["t_max"]), model
     elif config["guide"] != "none":
-        weak = guide(config, run, seed, place)
+        weak = guide(config, folder, seed, place)
         guidance = AutoGuidance(weak, config["scale"], t_max=config["t_max"])
     begun = time.process_time()
     z, labels = world.sample(model, config, seed, place, guidance=guidance)
@@ -51,12 +52,12 @@ def run(config: Config, setting: str, seed: int, place: Place) -> Numbers:
     return world.judge(images, labels, config, place) | cost
 
 
-def guide(config: Config, run, seed: int, place: Place) -> DiffusionModel:
-    """The model that guides: the run's own of `keep_at`, or a smaller one."""
+def guide(config: Config, folder: Path, seed: int, place: Place) -> DiffusionModel:
+    """The model that guides the one of a run's folder: its own of `keep_at`, or a smaller one."""
     if config["guide"] == "small":
         own = {**config, **config["small"]}
         return world.load(world.train(own, seed, place), own)
-    return world.load(run, config, kept=("early", "later").index(config["guide"]))
+    return world.load(folder, config, kept=("early", "later").index(config["guide"]))
 
 
 def macs(model: DiffusionModel) -> int:

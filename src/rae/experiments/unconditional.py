@@ -16,10 +16,10 @@ SETTINGS = {
 
 def run(config: Config, setting: str, seed: int, place: Place) -> Numbers:
     """One model, guided by its own early state where the scale is not 1."""
-    run = world.train(config, seed, place)
-    guide = world.load(run, config, kept=0)
+    folder = world.train(config, seed, place)
+    guide = world.load(folder, config, kept=0)
     guidance = AutoGuidance(guide, config["scale"])  # at scale 1 the model itself
-    z, _ = world.sample(world.load(run, config), config, seed, place, guidance=guidance)
+    z, _ = world.sample(world.load(folder, config), config, seed, place, guidance=guidance)
     numbers = {"fd_latent": world.latent_distance(z, config, place)}
     return numbers | world.judge(world.decode(world.decoder(config, seed, place), z), None, config, place)
 
