@@ -159,7 +159,7 @@ def test_both_distances_see_other_images(config, place):
 
 def test_latents_of_the_held_out_images_are_at_no_distance(config, place):
     images, _ = world.pictures(config, place, "held_out")
-    z = world.space(config, place).encode(to_unit(images))
+    z = world.encode(world.space(config, place), images)
     assert world.latent_distance(z, config, place) < 1e-6
     assert world.latent_distance(z + 1, config, place) == pytest.approx(z.shape[1], rel=1e-3)  # |1|^2 over n numbers
 

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rae.autoencoder.baselines import Autoencoder
 from rae.autoencoder.decoder import Decoder, DecoderConfig
 from rae.autoencoder.encoders import Encoder, load_encoder
 from rae.autoencoder.latents import map_to_tokens, tokens_to_map, unstandardise
@@ -37,6 +38,7 @@ from rae.evaluation.reconstruction import psnr
 from rae.experiments.frame import Config, Numbers, Place
 from rae.experiments.metric import Judge, load_judge, read, save_judge, train_judge
 from rae.folders import aside
+from rae.processes import process_state
 from rae.training.decoder import DecoderRecipe, train_decoder
 from rae.training.dit import train_dit
 from rae.training.dit_recipe import DiTRecipe
@@ -167,6 +169,10 @@ def encoder(name: str, image_size: int, input_size: int) -> Encoder:
     return load_encoder(name, image_size=image_size, input_size=input_size)
 
 
+def _device() -> torch.device:
+    return process_state().device
+
+
 def _encoder(config: Config) -> Encoder:
     return encoder(config["encoder"], config["image_size"], config["input_size"])
 
@@ -174,7 +180,7 @@ def _encoder(config: Config) -> Encoder:
 def space(config: Config, place: Place) -> RAE:
     """The latent space: encoder and exact statistics of the training images, with a decoder that was never trained."""
     folder = folder_of("space", config, SPACE, place)
-    network = _encoder(config)
+    network = _encoder(config).to(_device())
     if not folder.exists():
         files, shape = data(config, place), (network.width, *network.grid)
         reading = DataConfig(source=str(files.train))
@@ -188,7 +194,7 @@ def space(config: Config, place: Place) -> RAE:
         blank = {"width": 16, "depth": 1, "heads": 1, "mlp_width": 16, "patch_size": _patch(config)}
         decoder = Decoder(DecoderConfig(latent_channels=network.width, grid=network.grid, **blank))
         RAE(network, decoder, stats).save_pretrained(folder)
-    return RAE.from_pretrained(folder, encoder=network)
+    return RAE.from_pretrained(folder, encoder=network).to(_device())
 
 
 def _patch(config: Config) -> int:
@@ -224,7 +230,7 @@ def decoder(config: Config, seed: int, place: Place) -> RAE:
         tokens = _tokens(latents(config, place), where, base.encoder)
         run = train_decoder(decoder_recipe(config, seed, data(config, place)), folder / "run", tokens=tokens)
         RAE(base.encoder, load_decoder(run), (base.latent_mean, base.latent_var)).save_pretrained(folder / "rae")
-    return RAE.from_pretrained(folder / "rae", encoder=base.encoder)
+    return RAE.from_pretrained(folder / "rae", encoder=base.encoder).to(_device())
 
 
 def decoder_recipe(config: Config, seed: int, files: Data) -> DecoderRecipe:
@@ -290,7 +296,7 @@ def dit_recipe(config: Config, seed: int, files: Data, *, rae: Path, latents: Pa
 def load(run: Path, config: Config, *, kept: int | None = None) -> DiffusionModel:
     """The model of a run, or the one that was kept at moment `kept` of `keep_at`, counted in time from 0."""
     folder = run if kept is None else sorted((run / "kept").iterdir())[kept] / "model"
-    return DiffusionModel.from_pretrained(folder, dtype=DTYPES[config["precision"]])
+    return DiffusionModel.from_pretrained(folder, dtype=DTYPES[config["precision"]]).to(_device())
 
 
 def sample(
@@ -313,13 +319,21 @@ def sample(
     base = space(config, place)
     asked = {"steps": config["sampling_steps"], "grid": "calls", "guidance": guidance, "batch_size": 100}
     found = list(generate(model, base, labels, range(seed * count, (seed + 1) * count), **asked))
-    return torch.cat([each.latents for each in found]), torch.cat([each.labels for each in found])
+    return torch.cat([each.latents.cpu() for each in found]), torch.cat([each.labels for each in found])
 
 
 @torch.no_grad()
-def decode(autoencoder: RAE, z: Tensor) -> Tensor:
-    """Latents [N,C,h,w] -> uint8 images [N,3,H,W]."""
-    return torch.cat([to_bytes(autoencoder.decode(part)) for part in z.split(100)])
+def encode(autoencoder: Autoencoder, images: Tensor) -> Tensor:
+    """uint8 images [N,3,H,W] -> latents [N,C,h,w]; both on the CPU."""
+    device = next(autoencoder.decoder.parameters()).device
+    return torch.cat([autoencoder.encode(to_unit(part.to(device))).cpu() for part in images.split(100)])
+
+
+@torch.no_grad()
+def decode(autoencoder: Autoencoder, z: Tensor) -> Tensor:
+    """Latents [N,C,h,w] -> uint8 images [N,3,H,W]; both on the CPU."""
+    device = next(autoencoder.decoder.parameters()).device
+    return torch.cat([to_bytes(autoencoder.decode(part.to(device))).cpu() for part in z.split(100)])
 
 
 # --- judging ---------------------------------------------------------------------------------------------------------
@@ -327,14 +341,14 @@ def decode(autoencoder: RAE, z: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def _extractor(name: str, input_size: int) -> Extractor:
-    return open_extractor(name, input_size=input_size)
+    return open_extractor(name, input_size=input_size).to(_device())
 
 
 def features(images: Tensor, config: Config, place: Place) -> dict[str, Tensor]:
     """uint8 images [N,3,H,W] -> "dino" [N,n]: class tokens; "net" [N,64]: the judge's; "classes" [N] that it sees."""
     extractor = _extractor(config["encoder"], config["input_size"])
     seen = read(_judge(config, place), images)
-    own = torch.cat([extractor(part)["features"] for part in images.split(100)])
+    own = torch.cat([extractor(part.to(_device()))["features"].cpu() for part in images.split(100)])
     return {"dino": own, "net": seen["features"], "classes": seen["classes"]}
 
 
@@ -361,9 +375,7 @@ def reconstruction(config: Config, seed: int, place: Place) -> Numbers:
     if not file.exists():
         autoencoder = decoder(config, seed, place)
         images, _ = pictures(config, place, "held_out", config["samples"])
-        with torch.no_grad():
-            z = torch.cat([autoencoder.encode(to_unit(part)) for part in images.split(100)])
-        again = decode(autoencoder, z)
+        again = decode(autoencoder, encode(autoencoder, images))
         numbers = judge(again, None, config, place) | {"psnr": psnr(to_unit(again), to_unit(images)).mean().item()}
         with aside(file) as hidden:
             hidden.write_text(json.dumps(numbers))
@@ -380,10 +392,10 @@ def held_out(config: Config, place: Place) -> dict[str, Tensor]:
     file = folder_of("held-out", config, (*SPACE, "judge_steps"), place).with_suffix(".safetensors")
     if not file.exists():
         images = pictures(config, place, "held_out")[0]
-        found, base = features(images, config, place), space(config, place)
-        means = [base.encode(to_unit(part)).flatten(2).mean(2) for part in images.split(100)]
+        found = features(images, config, place)
+        found["latent"] = encode(space(config, place), images).flatten(2).mean(2)
         with aside(file) as hidden:
-            save_file(found | {"latent": torch.cat(means)}, hidden)
+            save_file(found, hidden)
     return load_file(file)
 
 
