@@ -1,5 +1,6 @@
 """`rae report`: what differs, and nothing else, stands in its tables; no difference within error is called one."""
 
+import dataclasses
 import json
 import math
 import re
@@ -9,17 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from test_report import Reader, decode
 
+from rae.autoencoder.rae import RAE
 from rae.commands import compare_nearest
 from rae.commands.compare import write_report
 from rae.commands.compare_figures import apart, call, rows, verdict
 from rae.commands.compare_nearest import Nearest
 from rae.commands.compare_read import Evaluation, Judged, read_all, short_names
 from rae.commands.compare_runs import compare_recipes
-from rae.data.images import DataConfig
+from rae.commands.pictures import checksum
+from rae.data.image_set import read_image
+from rae.data.images import DataConfig, to_bytes, to_tensor, to_unit
 from rae.evaluation.report import ReportError
 from rae.evaluation.uncertainty import written
 
@@ -533,6 +538,29 @@ def test_a_copy_is_found_beside_its_original(remembering, encoder, tmp_path):
     assert "30 training and 110 held-out images, 16 x 16 pixels" in report.html
     assert report.row("very near: below")[0].startswith("16.67% ± ")  # one of six
     assert "of the held-out images have the very features" not in report.html
+
+
+def test_what_was_learnt_by_heart_is_found_behind_the_decoder(remembering, runs, encoder, tmp_path):
+    """Samples are the reconstructions of training images, which are far from these themselves."""
+    samples, training, held_out = remembering
+    rae = RAE.from_pretrained(runs / "decoder")
+    images = torch.stack([to_tensor(read_image(file)) for file in sorted(training.iterdir())[:6]])
+    pictures = to_bytes(rae.reconstruct(to_unit(images))).permute(0, 2, 3, 1).numpy()
+    decoded = make_samples(tmp_path / "decoded", pictures)
+    protocol = json.loads((decoded / "samples.json").read_text()) | {"decoder": checksum(rae.decoder)}
+    (decoded / "samples.json").write_text(json.dumps(protocol))
+    look = near(encoder, training, held_out)
+    plain = Report([decoded], tmp_path / "plain", look)
+    assert "one that was learnt by heart shows as its reconstruction" in plain.html
+    through = Report([decoded], tmp_path / "through", dataclasses.replace(look, through=str(runs / "decoder")))
+    assert "one that was learnt by heart" not in through.html
+    assert f"reconstructed by {runs / 'decoder'}, features of" in through.html
+    distances = [float(report.row("median distance")[0]) for report in (plain, through)]
+    assert distances[1] < 0.05 * distances[0]
+    originals = [image.permute(1, 2, 0).numpy() for image in images]
+    assert all(any(np.array_equal(found, own) for own in originals) for found in through.images("training")[:6])
+    with pytest.raises(ReportError, match="samples came out of None: give the autoencoder that the samples were"):
+        write_report([samples], tmp_path / "out", dataclasses.replace(look, through=str(runs / "decoder")))
 
 
 def test_held_out_images_that_were_trained_on_are_named(remembering, encoder, tmp_path):

@@ -1,27 +1,33 @@
 """Samples beside their nearest training images, and whether they lie nearer than new real images do.
 
 training, held-out images, samples --extractor--> features --nearest--> distances --memorisation--> figures, sheets
+(the real ones, if asked, --autoencoder--> reconstructions first)
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
+from rae.autoencoder.baselines import open_autoencoder
+from rae.autoencoder.rae import RAE
 from rae.commands.compare_figures import DIFFERENT
 from rae.commands.compare_pictures import SHOWN, shown_width
 from rae.commands.compare_read import Compared, Pictures
 from rae.commands.feature_folder import read_features, write_features
+from rae.commands.pictures import checksum
 from rae.config import parse
-from rae.data.image_set import Images
-from rae.data.images import DataConfig, Views, open_images, open_split
-from rae.evaluation.features import open_extractor
+from rae.data.image_set import Images, digest
+from rae.data.images import DataConfig, Views, open_images, open_split, to_bytes, to_unit
+from rae.evaluation.features import Extractor, open_extractor
 from rae.evaluation.nearest import Memorisation, memorisation, nearest
 from rae.evaluation.report import Piece, ReportError, curves, heading, note, paragraph, sheet, table
 from rae.evaluation.uncertainty import written
@@ -31,6 +37,11 @@ from rae.training.display import progress
 _BLOCK = 4096  # training images compared at a time
 _POINTS = 200  # of a line
 UNLIKELY = 0.01  # chance below which a share is called too large
+DECODED = (
+    "Samples came out of a decoder and are compared with images that did not: one that was learnt by heart shows as its "
+    "reconstruction, which may lie as far from it as other images do. --through AUTOENCODER reconstructs real images "
+    "first."
+)
 
 Picture = Callable[[int], np.ndarray]  # number of an image -> uint8 [h, w, 3]
 
@@ -45,6 +56,8 @@ class Nearest:
         features: the name of an extractor.
         input_size: pixels per side that it sees; None = its own.
         batch: images at a time.
+        through: an autoencoder that training and held-out images are reconstructed by first, as samples came out of its
+            decoder: a latent that was learnt by heart is decoded to the reconstruction of an image, not to the image.
     """
 
     training: DataConfig
@@ -52,6 +65,7 @@ class Nearest:
     features: str
     input_size: int | None
     batch: int
+    through: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,9 +95,10 @@ def nearest_images(compared: Sequence[Compared], near: Nearest, folder: Path) ->
         raise ReportError(
             "--nearest and --held-out are the same images; what is compared with must not have been trained on."
         )
-    extractor = open_extractor(near.features, input_size=near.input_size).to(process_state().device)
+    plain = open_extractor(near.features, input_size=near.input_size).to(process_state().device)
+    real = _Reconstructed(near.through, plain, samples) if near.through else plain
 
-    def look_at(images: Images, how: DataConfig, what: str, also: str = "") -> Known:
+    def look_at(images: Images, how: DataConfig, what: str, also: str = "", extractor: nn.Module = real) -> Known:
         settings = [images.identity, list(size), extractor.identity, also]
         place = folder / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
         named = {near.features: extractor}
@@ -93,12 +108,46 @@ def nearest_images(compared: Sequence[Compared], near: Nearest, folder: Path) ->
         return Known(found.rows["features"], lambda i: views[read[i]]["image"].permute(1, 2, 0).numpy())
 
     known = look_at(training, data[0], "training images"), look_at(held_out, data[1], "held-out images")
-    own = {name: _look_at_samples(pictures, data[0], look_at) for name, pictures in samples.items()}
+    look_at_own = functools.partial(look_at, extractor=plain)
+    own = {name: _look_at_samples(pictures, data[0], look_at_own) for name, pictures in samples.items()}
+    seen = f"reconstructed by {near.through}, " if near.through else ""
     protocol = (
         f"{len(known[0].features):,} training and {len(known[1].features):,} held-out images, {size[0]} x {size[1]} "
-        f"pixels, features of {near.features} ({extractor.identity[:12]})"
+        f"pixels, {seen}features of {near.features} ({plain.identity[:12]})"
     )
-    return remembered(own, known[1], known[0], protocol)
+    pieces = remembered(own, known[1], known[0], protocol)
+    return pieces if near.through else [note(DECODED), *pieces]
+
+
+class _Reconstructed(nn.Module):
+    """An extractor of what an autoencoder makes of images, 8-bit as samples are.
+
+    Attributes:
+        identity: of both.
+    """
+
+    def __init__(self, name: str, extractor: Extractor, samples: Mapping[str, Pictures]) -> None:
+        super().__init__()
+        self.extractor, self.autoencoder = extractor, open_autoencoder(name).to(process_state().device)
+        decoder = checksum(self.autoencoder.decoder)
+        for sample, pictures in samples.items():
+            if (other := pictures.protocol.get("decoder")) != decoder:
+                raise ReportError(
+                    f"{name} has the decoder {decoder[:12]}, {sample} came out of {str(other)[:12]}: give the "
+                    "autoencoder that the samples were decoded by."
+                )
+        self.identity = digest([extractor.identity, self.autoencoder.latent_identity, decoder])
+
+    def describe(self) -> dict[str, Any]:
+        return self.extractor.describe() | {"identity": self.identity}
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        x, autoencoder = to_unit(images), self.autoencoder
+        if isinstance(autoencoder, RAE):  # whose encoder may see fewer pixels
+            x = autoencoder.reconstruct(x, resize=autoencoder.output_size != autoencoder.image_size)
+        else:
+            x = autoencoder.decode(autoencoder.encode(x))
+        return self.extractor(to_bytes(x))
 
 
 def _open(near: Nearest) -> tuple[Images, Images, tuple[DataConfig, DataConfig]]:
