@@ -38,9 +38,9 @@ _BLOCK = 4096  # training images compared at a time
 _POINTS = 200  # of a line
 UNLIKELY = 0.01  # chance below which a share is called too large
 DECODED = (
-    "Samples came out of a decoder and are compared with images that did not: one that was learnt by heart shows as its "
-    "reconstruction, which may lie as far from it as other images do. --through AUTOENCODER reconstructs real images "
-    "first."
+    "Samples came out of a decoder, and are compared with images that did not: one that was learnt by heart shows as "
+    "its reconstruction, which may lie as far from it as other images do. --through AUTOENCODER reconstructs real "
+    "images first."
 )
 
 Picture = Callable[[int], np.ndarray]  # number of an image -> uint8 [h, w, 3]
