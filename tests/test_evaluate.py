@@ -211,6 +211,8 @@ def test_a_reference_at_another_size_is_refused(sets, look, refused, run, tmp_pa
     told = refused("evaluate", sets[0], "--reference", tmp_path / "r.safetensors", *look, "--out", tmp_path / "out")
     assert "have 20 x 16 pixels" in told
     assert "40 x 50: figures across sizes mean nothing" in told
+    assert "--size 40x50" in told
+    assert not (tmp_path / "out").exists()  # before anything is computed
 
 
 def test_a_reference_by_another_extractor_is_refused(sets, encoder, look, refused, run, tmp_path):

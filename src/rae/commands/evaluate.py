@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rae.commands.feature_folder import size_of
 from rae.commands.look import Features, Look, look_at, open_extractors, say
 from rae.commands.pictures import OutputError, check_file
 from rae.commands.reconstruct import write_reconstructions
@@ -154,11 +155,12 @@ def evaluate(
     given = open_reference(reference, look) if reference else None
     distance = load_lpips(purpose="metric").to(process_state().device) if lpips else None
     judged = _prepare(subject, given, out, data=data, num=num, batch=batch, sample=sample)
+    if given:
+        check_size(subject, size or size_of(judged.images, data.on_broken), given, data.on_broken)
     own = look_at(judged.images, size, look, out / "features", source=subject)
     whole = _look_at_reference(judged, given, own, look, out / "reference")
     if not process_state().is_main_process:
         return None
-    check_size(own, whole)
     if judged.originals or (given.images and not given.moments):
         _save(whole, look, out / "reference.safetensors")
     role = role_of(subject, given) if given else UNKNOWN

@@ -1,10 +1,12 @@
 """What `rae evaluate` compares images with: other images, or features that a file holds; and whose images they are."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+from rae.commands.feature_folder import size_of
 from rae.commands.look import Features, Look
 from rae.config import parse
 from rae.data.image_set import ImageError, Images, digest
@@ -80,18 +82,27 @@ def open_reference(source: str, look: Look) -> Reference:
     return Reference(source, features=Features(fields, {name: sets[name] for name in look.extractors}, []))
 
 
-def check_size(own: Features, whole: Features) -> None:
-    """Refuse a reference at another size.
+def check_size(subject: str, ours: Sequence[int], reference: Reference, on_broken: str) -> None:
+    """Refuse features and moments of images at another size; images can be brought to the subject's.
+
+    Args:
+        subject: what to call it.
+        ours: (H, W) in pixels of its images.
+        reference: to compare them with.
+        on_broken: of `DataConfig`.
 
     Raises:
-        ReferenceError: it is.
+        ReferenceError: they are at another size.
     """
-    ours, theirs = (" x ".join(map(str, found.about["size"])) for found in (own, whole))
-    if ours != theirs:
+    if not (reference.features or reference.moments):
+        return
+    theirs = reference.features.about["size"] if reference.features else size_of(reference.images, on_broken)
+    if list(ours) != list(theirs):
+        ours, theirs = (" x ".join(map(str, size)) for size in (ours, theirs))
         raise ReferenceError(
-            f"the images of {own.about['source']} have {ours} pixels, those of {whole.about['source']} {theirs}: "
-            f"figures across sizes mean nothing. Make a reference at {ours} (`rae reference ... --size`), or, if the "
-            f"subject's are larger, crop them: --size {theirs}."
+            f"the images of {subject} have {ours} pixels, those of {reference.source} {theirs}: figures across sizes "
+            f"mean nothing. Make a reference at {ours} (`rae reference ... --size`), or, if the subject's are larger, "
+            f"crop them: --size {theirs.replace(' ', '')}."
         )
 
 
