@@ -1,11 +1,11 @@
-"""Files that are whole or not there, and folders that one process holds."""
+"""Files that are whole or not there, folders that one process holds, pointers of runs."""
 
 import contextlib
 
 import pytest
 
 from rae import folders
-from rae.folders import aside, locked
+from rae.folders import aside, find_folder, locked
 
 
 @pytest.mark.parametrize("durable", [False, True])
@@ -48,3 +48,21 @@ def test_a_folder_is_held_by_one_at_a_time(tmp_path):
         raise ValueError("taken")
     with locked(folder, ValueError("taken")):  # let go by an error as well
         assert [file.name for file in folder.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("pointer", ["latest", "best"])
+def test_a_pointer_to_a_checkpoint_that_is_gone_is_named(tmp_path, pointer):
+    run = tmp_path / "run"
+    (run / "checkpoints/000000016/model").mkdir(parents=True)
+    asked = run if pointer == "latest" else run / "best"
+    for text in ("000000016", "000000016\n"):
+        (run / pointer).write_text(text)
+        assert find_folder(asked, "a model") == run / "checkpoints/000000016/model"
+    for text in ("000999999", "", "../x"):
+        (run / pointer).write_text(text)
+        said = rf"{run / pointer} names checkpoint '{text}', which is not there; .* named by itself, as {run}/check"
+        with pytest.raises(ValueError, match=rf"{said}.*/000000016\. See `rae doctor {run}`"):
+            find_folder(asked, "a model")
+    (run / "checkpoints/000000016").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"which is not there; it has none\. See `rae doctor"):
+        find_folder(asked, "a model")

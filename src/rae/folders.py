@@ -32,12 +32,12 @@ def find_folder(folder_or_hub_id: str | Path, what: str) -> Path:
         what: to call the model in an error, with its article.
 
     Raises:
-        ValueError: a file; or a run that has saved nothing yet.
+        ValueError: a file; a run that has saved nothing yet; or one whose `latest` or `best` names no checkpoint of it.
         SourceError: neither an existing folder nor a hub id, or not to be had from the hub.
     """
     path = Path(folder_or_hub_id).expanduser()
     if path.name in ("latest", "best") and path.is_file():
-        return path.parent / "checkpoints" / path.read_text().strip() / "model"
+        return _named_by(path) / "model"
     if path.is_file() or (path.suffix in {".pt", ".pth", ".bin", ".ckpt"} and not path.is_dir()):
         raise ValueError(
             f"{path} is a file; {what} is a folder. Pickles (.pt, .pth, .bin) are not loaded: `rae convert` "
@@ -82,6 +82,16 @@ def _kind(folder: Path) -> str | None:
         return json.loads((folder / "config.json").read_text())["kind"]
     except (OSError, ValueError, TypeError, KeyError):
         return None  # whoever reads config.json says what is wrong with it
+
+
+def _named_by(pointer: Path) -> Path:
+    """The checkpoint that a run's `latest` or `best` names."""
+    run, name, there = pointer.parent, pointer.read_text(errors="replace").strip(), checkpoints(pointer.parent)
+    for path in there:
+        if path.name == name:
+            return path
+    others = f"a checkpoint may be named by itself, as {there[-1]}" if there else "it has none"
+    raise ValueError(f"{pointer} names checkpoint {name!r}, which is not there; {others}. See `rae doctor {run}`.")
 
 
 def checkpoints(run: Path) -> list[Path]:
