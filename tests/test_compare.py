@@ -26,7 +26,6 @@ from rae.commands.pictures import checksum
 from rae.data.image_set import read_image
 from rae.data.images import DataConfig, to_bytes, to_tensor, to_unit
 from rae.evaluation.report import ReportError
-from rae.evaluation.uncertainty import written
 
 DECODER = {
     "encoder": {"name": "dinov2", "image_size": [4, 4]},
@@ -344,20 +343,6 @@ def test_no_verdict_is_given_to_chance():
     draws, error = np.random.default_rng(0).normal(size=(2000, 2)), 1.0
     called = [call(b - a, math.hypot(error, error), "lower") for a, b in draws]
     assert 0.03 < np.mean([word != "within error" for word in called]) < 0.06  # two errors of a normal: 4.6 %
-
-
-@pytest.mark.parametrize(
-    ("value", "error", "text"),
-    [
-        (12.3456, 0.123, "12.35 ± 0.12"),
-        (12345.6, 98.0, "12,346 ± 98"),
-        (0.5, 0.00987, "0.5000 ± 0.0099"),
-        (17.123456, None, "17.12"),
-        (1.0, 0.0, "1 ± 0"),
-    ],
-)
-def test_values_have_the_digits_that_their_error_leaves_them(value, error, text):
-    assert written(value, error) == text
 
 
 FD = {"frechet/dino": (10.0, 0.5, "lower")}

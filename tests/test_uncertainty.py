@@ -12,6 +12,7 @@ from rae.evaluation.uncertainty import (
     random_parts,
     random_subset,
     standard_error,
+    written,
 )
 
 
@@ -78,3 +79,17 @@ def test_errors_carry_the_numbers():
         measured_mean(torch.zeros(0))
     with pytest.raises(ValueError, match="at least 2 replicates, got 1"):
         bootstrap_error(lambda rows: 0.0, 5, replicates=1)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (12.3456, 0.123, "12.35 ± 0.12"),
+        (12345.6, 98.0, "12,346 ± 98"),
+        (0.5, 0.00987, "0.5000 ± 0.0099"),
+        (17.123456, None, "17.12"),
+        (1.0, 0.0, "1 ± 0"),
+    ],
+)
+def test_values_have_the_digits_that_their_error_leaves_them(value, error, text):
+    assert written(value, error) == text
