@@ -394,14 +394,65 @@ def test_what_is_no_cache_is_refused(cache, rae, tmp_path):
         stored_latents("onlin", rae, open_split(DATA)[0], DATA)
     config = json.loads((cache / "cache.json").read_text())
     (cache / "cache.json").write_text(json.dumps(config | {"version": 2}))
-    with pytest.raises(ConfigError, match=r"cache\.json does not fit:\n  version: Input should be 1"):
+    with pytest.raises(CacheError, match=r"cache\.json does not fit:\n  version: Input should be 1"):
         open_cache(cache)
-    (cache / "cache.json").write_text(json.dumps(config | {"shards": config["shards"][:-1]}))
-    with pytest.raises(CacheError, match=r"cache\.json names 2 shards of 3: damaged"):
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda _: "{", r"cache\.json is not valid JSON"),
+        (lambda config: json.dumps(config | {"shards": config["shards"][:-1]}), "it names 2 shards of 3"),
+        (lambda config: json.dumps(config | {"shape": None}), "shape: Input should be a valid tuple"),
+    ],
+)
+def test_a_damaged_cache_json_is_written_anew_of_shards_that_are_kept(
+    cache, written, model, monkeypatch, capsys, spoil, message, unfinished
+):
+    config = json.loads((cache / "cache.json").read_text())
+    (cache / "cache.json").write_text(spoil(config))
+    with pytest.raises(CacheError, match=rf"(?s){message}.*run the same `rae cache` command again"):
         open_cache(cache)
-    (cache / "cache.json").write_text("{")
-    with pytest.raises(ConfigError, match="not valid JSON"):
-        open_cache(cache)
+    if unfinished:
+        (cache / "cache.json").rename(cache / "partial.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "write_shard", pytest.fail)
+        write_cache(model, DATA, cache, batch=8)
+    said = capsys.readouterr().err
+    assert "cache.json" in said or "partial.json" in said
+    assert "The command goes on without it." in said
+    assert contents(cache) == contents(written["fp16"])
+
+
+def test_where_the_settings_cannot_be_read_the_shards_tell_of_what_they_are(cache, written, model, tmp_path):
+    for name in ("cache.json", "shards/00001.json"):
+        (cache / name).write_text("{")
+    before = contents(cache)
+    with pytest.raises(CacheError, match=r"(?s)00000.arrow is not a shard of this cache.*ask for the same, or give"):
+        write_cache(model, DATA, cache, dtype="int8", batch=8)
+    assert contents(cache) == before
+    shard_path(cache, 2).write_bytes(shard_path(cache, 2).read_bytes()[:4000])
+    with pytest.raises(CacheError, match=r"(?s)00002.arrow is damaged.*remove it, and the same command writes it anew"):
+        write_cache(model, DATA, cache, batch=8)
+    shard_path(cache, 2).unlink()
+    write_cache(model, DATA, cache, batch=8)  # 1, of which nothing is known, and 2
+    assert contents(cache) == contents(written["fp16"])
+
+
+def test_a_cache_that_has_no_records_of_its_shards_is_written_anew(cache, written, model):
+    """As versions before this one left them."""
+    for record in (cache / "shards").glob("*.json"):
+        record.unlink()
+    write_cache(model, DATA, cache, batch=8)
+    assert not list((cache / "shards").glob("*.json"))  # a whole cache needs none
+    shard_path(cache, 1).unlink()
+    write_cache(model, DATA, cache, batch=8)
+    assert contents(cache) == contents(written["fp16"])
+    (cache / "shards/00001.json").unlink()
+    (cache / "cache.json").write_text("{")  # nothing says what the shard should be
+    write_cache(model, DATA, cache, batch=8)
+    assert contents(cache) == contents(written["fp16"])
 
 
 def test_arrow_that_is_not_installed_is_named(written, monkeypatch):

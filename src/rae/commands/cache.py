@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rae.autoencoder.baselines import Autoencoder, open_autoencoder
-from rae.config import read_json
+from rae.config import C, ConfigError, read_json
 from rae.data.images import DataConfig, Views, loader, open_split, to_unit
 from rae.data.latent_format import (
     CacheConfig,
@@ -31,6 +31,7 @@ from rae.data.latent_format import (
     empty_rows,
     fill,
     find_damage,
+    map_shard,
     shard_bytes,
     shard_path,
     shard_rows,
@@ -55,8 +56,8 @@ def write_cache(
 ) -> Path:
     """`rae cache`: encode the training images of `data`, centre-cropped, and mirrored as well where `data.flip`.
 
-    The same command goes on where it was interrupted, writes shards of a finished cache anew that are missing or have
-    another size, and ends in the same bits. Processes that were started together share the shards.
+    The same command goes on where it was interrupted, writes what is missing, damaged or of another size in a finished
+    cache anew, and ends in the same bits. Processes that were started together share the shards.
 
     Args:
         model: autoencoder (folder, run or hub id).
@@ -170,14 +171,15 @@ def _begin(folder: Path, settings: CacheSettings, verify: bool) -> None:
 
     Afterwards a shard that is not to be written has a record, or there is a whole cache.json.
     """
-    whole = (folder / "cache.json").is_file() and read_json(CacheConfig, folder / "cache.json")
-    begun = whole or ((folder / "partial.json").is_file() and read_json(CacheSettings, folder / "partial.json"))
-    if begun and (different := differences(begun.deciding(), settings.deciding())):
+    whole, spans = _read(CacheConfig, folder / "cache.json"), settings.spans
+    begun = whole or _read(CacheSettings, folder / "partial.json")
+    if begun is None:
+        _check_shards(folder, settings)
+    elif different := differences(begun.deciding(), settings.deciding()):
         raise CacheError(
             f"{folder} was begun with other settings:\n{different}\nAsk for the same, or give another folder."
         )
-    spans = settings.spans
-    records = {n: read_json(Shard, _record(folder, n)) for n in range(len(spans)) if _record(folder, n).is_file()}
+    records = {n: record for n in range(len(spans)) if (record := _read(Shard, _record(folder, n)))}
     shards = dict(enumerate(whole.shards)) | records if whole else records
     show = progress("checking", settings.count) if verify else contextlib.nullcontext(lambda _: None)
     with show as advance:
@@ -185,8 +187,9 @@ def _begin(folder: Path, settings: CacheSettings, verify: bool) -> None:
             if damage := find_damage(shard_path(folder, n), shards[n], verify=verify):
                 Console(stderr=True).print(Text(f"{damage}; it is written anew", "yellow"), soft_wrap=True)
                 del shards[n]
-                _record(folder, n).unlink(missing_ok=True)
             advance(spans[n].stop)
+    for n in set(range(len(spans))) - shards.keys():
+        _record(folder, n).unlink(missing_ok=True)
     if whole and len(shards) == len(spans):
         return
     needed = sum(shard_bytes(settings, len(span)) for n, span in enumerate(spans) if n not in shards)
@@ -205,15 +208,35 @@ def _begin(folder: Path, settings: CacheSettings, verify: bool) -> None:
     (folder / "cache.json").unlink(missing_ok=True)
 
 
+def _check_shards(folder: Path, settings: CacheSettings) -> None:
+    """In the place of settings that are damaged, or not there: every shard that is there must be of these ones."""
+    for number, span in enumerate(settings.spans):
+        if (path := shard_path(folder, number)).is_file():
+            remedy = (
+                f"The settings that {folder} was written with cannot be read: ask for the same, or give another folder."
+                " If it is the shard that is damaged, remove it, and the same command writes it anew."
+            )
+            map_shard(path, settings, len(span), remedy)
+
+
 def _finish(folder: Path, settings: CacheSettings) -> CacheConfig:
-    """Write cache.json, unless it is there, and take away what told of single shards."""
+    """Write cache.json, unless it is there."""
     if not (folder / "cache.json").is_file():
         shards = [read_json(Shard, _record(folder, n)) for n in range(len(settings.spans))]
         _write(folder / "cache.json", conclude(settings, shards))
     (folder / "partial.json").unlink(missing_ok=True)
-    for record in (folder / "shards").glob("*.json"):
-        record.unlink()
     return read_json(CacheConfig, folder / "cache.json")
+
+
+def _read(schema: type[C], path: Path) -> C | None:
+    """What the file says; None where it is not there, or is damaged, which is said."""
+    if not path.is_file():
+        return None
+    try:
+        return read_json(schema, path)
+    except ConfigError as error:
+        Console(stderr=True).print(Text(f"{error}\nThe command goes on without it.", "yellow"), soft_wrap=True)
+        return None
 
 
 def _record(folder: Path, number: int) -> Path:

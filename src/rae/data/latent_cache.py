@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rae.config import read_json
+from rae.config import ConfigError, read_json
 from rae.data.images import DataConfig
 from rae.data.latent_format import (
     KINDS,
@@ -113,17 +113,21 @@ def open_cache(folder: str | Path, *, verify: bool = False) -> StoredLatents:
         verify: take the SHA-256 of all shards as well, which reads them whole.
 
     Raises:
-        CacheError: there is none, it is not finished, or a shard is missing, damaged or of another cache.
-        ConfigError: cache.json is damaged.
+        CacheError: there is none, it is not finished, its cache.json is damaged, or a shard is missing, damaged or of
+            another cache.
     """
     folder = Path(folder).expanduser()
     if (folder / "partial.json").is_file():
         raise CacheError(f"{folder} is a latent cache that is not finished: run the same `rae cache` command again.")
     if not (folder / "cache.json").is_file():
         raise CacheError(f"{folder} is not a latent cache (it has no cache.json); `rae cache` writes one.")
-    config = read_json(CacheConfig, folder / "cache.json")
-    if len(config.spans) != len(config.shards):
-        raise CacheError(f"{folder / 'cache.json'} names {len(config.shards)} shards of {len(config.spans)}: damaged.")
+    try:
+        config = read_json(CacheConfig, folder / "cache.json")
+    except ConfigError as error:
+        raise CacheError(
+            f"{error}\nCopy it again, or run the same `rae cache` command again, which writes it anew and keeps shards "
+            "that are whole."
+        ) from error
     paths = [shard_path(folder, number) for number in range(len(config.shards))]
     remedy = "Copy it again, or run the same `rae cache` command again, which writes it anew."
     for path, shard in zip(paths, config.shards):

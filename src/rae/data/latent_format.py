@@ -4,6 +4,7 @@ CACHE/
     cache.json            what is in it and what that was made from (`CacheConfig`); written last
     shards/00000.arrow    the first images' latents in the images' order, 1/4 GiB; Arrow's stream format, one record
                           batch a file, which `datasets.Dataset.from_file` and `pyarrow.memory_map` map into memory
+    shards/00000.json     that shard's entry in cache.json (`Shard`)
 
 A row is an image. Columns: `label` (int64), `latent` (C*h*w numbers) and, with both views, `mirrored` (those of the
 mirrored image); of int8 also `latent_scale` and `mirrored_scale` (C float32). bf16, which Arrow has not, is its 16 bits
@@ -15,11 +16,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
 from torch import Tensor
 
 from rae.config import Config
@@ -183,6 +184,12 @@ class CacheConfig(CacheSettings):
     error: float
     snr: float | None
     shards: list[Shard]
+
+    @model_validator(mode="after")
+    def _all_there(self) -> Self:
+        if len(self.shards) != len(self.spans):
+            raise ValueError(f"it names {len(self.shards)} shards of {len(self.spans)}")
+        return self
 
     @property
     def identity(self) -> str:
