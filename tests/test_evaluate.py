@@ -275,6 +275,8 @@ def test_real_images_with_classes_are_asked_as_well(sets, look, run, tmp_path):
     command = ["evaluate", tmp_path / "a", *look, "--reference"]
     run(*command, tmp_path / "b", "--out", tmp_path / "out")
     assert figures(tmp_path / "out")["class_agreement"]["value"] > 0.8
+    run(*command, tmp_path / "b", "--label", "", "--out", tmp_path / "alone")
+    assert "class_agreement" not in figures(tmp_path / "alone")
     (tmp_path / "b/light").rename(tmp_path / "b/white")
     assert "the reference has no class 'light'" in run(*command, tmp_path / "b", "--out", tmp_path / "other")
     assert "class_agreement" not in figures(tmp_path / "other")
