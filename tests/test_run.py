@@ -77,7 +77,7 @@ def test_best_is_found_anew_where_other_images_decide(tmp_path, capsys, folder, 
                 run.judge(best_by="figure", figure=figure)
             save(run)
     assert int((tmp_path / "run/best").read_text()) == best
-    said = "data.held_out or run.evaluate_images has other images than before: `best` is found anew"
+    said = "held-out images, or what judges them, are not those of before: `best` is found anew"
     assert (said in capsys.readouterr().err) == (best == 16)
 
 

@@ -400,6 +400,19 @@ def test_figures_that_go_wrong(lines, what, remedy, dit):
     assert remedy in last
 
 
+@pytest.mark.parametrize(
+    ("features", "figure"), [(None, "held_out_fd"), ("inception", "held_out_rfid"), ("a/dino", "held_out_fd_dino")]
+)
+def test_a_distance_that_rises_by_whichever_features(decoder, features, figure):
+    change_recipe(decoder, evaluation__features=features)
+    worse = [{"images": 24 + 12 * i, figure: 1 + i / 10} for i in range(3)]
+    write_log(decoder, [*steady(), *worse])
+    assert found(decoder) == []
+    write_log(decoder, [*steady(), *worse, {"images": 48, figure: 1.3}])
+    assert f"{figure} was 1 at 24 images and is 1.3 now" in only(decoder)
+    assert facts(read_run(decoder))[figure] == "1 at first, best 1 at 24 images, 1.3 now"
+
+
 def test_a_single_spike_or_a_short_log_is_no_trend(dit):
     write_log(dit, steady(loss=lambda i: 9.0 if i == 19 else 1.0, grad_norm=lambda i: 99.0 if i == 3 else 1.0))
     assert found(dit) == []

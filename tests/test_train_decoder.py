@@ -159,7 +159,7 @@ def test_lpips_that_cannot_be_had_names_the_fallback_before_training(encoder, tm
 
 def test_best_names_the_saved_checkpoint_that_did_best(encoder, tmp_path, monkeypatch):
     figures = iter([9, 4, 1, 3, 8, 5, 2, 6])  # the third and the seventh step's are not saved
-    monkeypatch.setattr("rae.training.decoder._evaluate", lambda *_: {"held_out_fd": next(figures)})
+    monkeypatch.setattr("rae.training.decoder.held_out_figures", lambda *_: {"held_out_fd": next(figures)})
     changes = {"run__duration": "8st", "run__evaluate_every": "1st", "run__save_every": "2st", "run__keep": 1}
     folder = train_decoder(decoder_recipe(encoder, **changes), tmp_path / "run")
     assert (folder / "best").read_text() == "000000032\n"
@@ -169,7 +169,7 @@ def test_best_names_the_saved_checkpoint_that_did_best(encoder, tmp_path, monkey
 
 def test_best_stays_over_an_interruption(encoder, tmp_path, monkeypatch):
     figures = iter([3, 5, 4, 2])
-    monkeypatch.setattr("rae.training.decoder._evaluate", lambda *_: {"held_out_fd": next(figures)})
+    monkeypatch.setattr("rae.training.decoder.held_out_figures", lambda *_: {"held_out_fd": next(figures)})
     bests = []
     for duration in ("1st", "2st", "3st", "4st"):
         changes = {"run__duration": duration, "run__evaluate_every": "1st", "run__save_every": "1st", "run__keep": 1}

@@ -19,6 +19,7 @@ FIGURES = {
     "held_out_psnr": ("held-out images: PSNR", "dB"),
     "held_out_ssim": ("held-out images: SSIM", "SSIM"),
     "held_out_fd": ("held-out images: Frechet distance in the run's encoder", "distance"),
+    "held_out_rfid": ("held-out images: rFID", "rFID"),
     "held_out_loss": ("held-out loss, averaged weights", "loss"),
     "held_out_loss_online": ("held-out loss, weights before averaging", "loss"),
     "lr": ("learning rate", "lr"),

@@ -28,7 +28,7 @@ from rae.training.objective import PATIENCE
 from rae.training.optim import ema_warning
 from rae.training.run_folder import size
 
-HELD_OUT = {"held_out_loss": 1.05, "held_out_fd": 1.2}  # what chooses `best` => times its best, above which it rose
+LOSS_ROSE, DISTANCE_ROSE = 1.05, 1.2  # what chooses `best`, in stage 2 and in stage 1, over the lowest that it was
 RISEN, EXPLODED, SLOWED = 1.3, 10, 0.5  # median of the log's last fifth, over that of the lowest fifth, of all, of all
 FEW = 10  # with fewer lines of the log no trend is told
 
@@ -219,24 +219,23 @@ def check_trivial(run: RunRecord) -> Iterator[str]:
 
 
 def check_held_out(run: RunRecord) -> Iterator[str]:
-    for name, factor in HELD_OUT.items():
-        series, losses = run.series(name), run.series("loss")
-        if len(series) < 3 or not losses:
-            continue
-        (images, best), (_, last) = min(series, key=lambda place: place[1]), series[-1]
-        if last <= factor * best:
-            continue
-        then, now = ([loss for at, loss in losses if at <= images] or [losses[0][1]])[-1], losses[-1][1]
-        what, remedy = "training goes wrong altogether", "Lower optim.lr"
-        if now < then:
-            what = "it learns its images by heart"
-            remedy = "More or mirrored images (data.flip), a smaller network or a shorter run"
-        kept = run.folder / "best"
-        taken = f"; {kept} names the checkpoint that did best: {kept.read_text().strip()}" if kept.is_file() else ""
-        yield (
-            f"{name} was {best:.4g} at {images:,} images and is {last:.4g} now, while the training loss went from "
-            f"{then:.4g} to {now:.4g}: {what}.\n{remedy}{taken}."
-        )
+    name, series, losses = run.best_by, run.series(run.best_by), run.series("loss")
+    if len(series) < 3 or not losses:
+        return
+    (images, best), (_, last) = min(series, key=lambda place: place[1]), series[-1]
+    if last <= (DISTANCE_ROSE if isinstance(run.recipe, DecoderRecipe) else LOSS_ROSE) * best:
+        return
+    then, now = ([loss for at, loss in losses if at <= images] or [losses[0][1]])[-1], losses[-1][1]
+    what, remedy = "training goes wrong altogether", "Lower optim.lr"
+    if now < then:
+        what = "it learns its images by heart"
+        remedy = "More or mirrored images (data.flip), a smaller network or a shorter run"
+    kept = run.folder / "best"
+    taken = f"; {kept} names the checkpoint that did best: {kept.read_text().strip()}" if kept.is_file() else ""
+    yield (
+        f"{name} was {best:.4g} at {images:,} images and is {last:.4g} now, while the training loss went from "
+        f"{then:.4g} to {now:.4g}: {what}.\n{remedy}{taken}."
+    )
 
 
 def check_average(run: RunRecord) -> Iterator[str]:

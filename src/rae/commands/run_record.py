@@ -91,6 +91,11 @@ class RunRecord:
         return self.total is not None and self.newest is not None and int(self.newest.name) >= self.total
 
     @property
+    def best_by(self) -> str:
+        """The figure of the log that chooses `best`."""
+        return self.recipe.evaluation.figure if isinstance(self.recipe, DecoderRecipe) else "held_out_loss"
+
+    @property
     def judged(self) -> bool:
         """Whether stage 2 has made so many steps that its losses tell something."""
         steps = (self.total or self.seen) // self.recipe.run.batch

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from rae.commands.run_checks import HELD_OUT, findings
+from rae.commands.run_checks import findings
 from rae.commands.run_record import RunRecord, read_run
 from rae.training.decoder import DecoderRecipe
 from rae.training.dit_recipe import DiTRecipe
@@ -71,7 +71,7 @@ def facts(run: RunRecord) -> dict[str, str]:
     for name in ("loss", "grad_norm"):
         if values := run.values(name):
             about[name] = f"{values[0]:.4g} at first, {min(values):.4g} at its lowest, {values[-1]:.4g} now"
-    for name in (*HELD_OUT, "held_out_psnr"):
+    for name in (run.best_by, "held_out_psnr"):
         if series := run.series(name):
             choose = max if name == "held_out_psnr" else min
             images, best = choose(series, key=lambda place: place[1])

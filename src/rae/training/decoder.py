@@ -6,7 +6,7 @@ images --Stream--> [0,1] images [B,3,H,W] --Encoder--> tokens [B,N,C] --add_nois
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +18,10 @@ from rae.autoencoder.encoders import Encoder, EncoderConfig, describe_encoder, o
 from rae.autoencoder.latents import LatentStats, SigmaLaw, add_noise, draw_sigma, tokens_to_map
 from rae.autoencoder.rae import RAE, load_decoder
 from rae.config import Config, ConfigError, Size, parse
-from rae.data.images import DataConfig, Images, Stream, Views, loader, open_split, readable, to_unit
+from rae.data.images import DataConfig, Images, Stream, loader, open_split, to_unit
 from rae.data.order import noise_draws
-from rae.evaluation.frechet import Moments, frechet_distance
-from rae.evaluation.reconstruction import WINDOW, psnr, ssim
 from rae.training.checkpoint import load_optimizers, load_weights, optimizer_tensors, save_training_state
+from rae.training.held_out import EvaluationConfig, held_out_figures, open_features, open_judge, reconstructions
 from rae.training.latents import LatentCache, cache_tokens, check_crop, latent_statistics
 from rae.training.objective import LossConfig, Objective, Part
 from rae.training.optim import (
@@ -91,6 +90,7 @@ class DecoderRecipe(Config):
         "online"  # encode at every step, or once and keep (small sets, no random crop)
     )
     statistics: bool = True  # take latent statistics of the training images first and save them with the model
+    evaluation: EvaluationConfig = EvaluationConfig()
     run: RunConfig
 
     @model_validator(mode="before")
@@ -104,6 +104,15 @@ class DecoderRecipe(Config):
     def _images_can_be_kept(self) -> "DecoderRecipe":
         if self.tokens == "memory":
             check_crop("tokens", self.data)
+        return self
+
+    @model_validator(mode="after")
+    def _images_are_held_out(self) -> "DecoderRecipe":
+        if self.evaluation.features and not self.data.held_out:
+            raise ValueError(
+                f"evaluation.features {self.evaluation.features} is for held-out images, and data.held_out is "
+                f"{self.data.held_out}; data.held_out=0.01 keeps a hundredth back"
+            )
         return self
 
 
@@ -164,6 +173,7 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path, *, tokens: LatentCa
             objective.load(run.checkpoint / "train")
         if run.finished:
             return run.conclude()
+        extractor = open_features(recipe.evaluation, device) if held_out and run.main else None
         rae = RAE(encoder, ema, _statistics(recipe, encoder, images, run))
         encoder.to(DTYPES[choice.precision])  # after the statistics, which are those of its float32 weights
         network = run.accelerator.prepare(decoder)
@@ -198,7 +208,10 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path, *, tokens: LatentCa
             save_training_state(folder / "train", decoder.state_dict(), moments, run.state(identity))
             objective.save(folder / "train")
 
-        run.check_held_out(held_out, recipe.data, config.output_size)
+        run.check_held_out(held_out, recipe.data, config.output_size, by=extractor.identity if extractor else "")
+        if held_out and run.main:
+            kept_back = held_out, recipe.data, min(len(held_out), recipe.run.evaluate_images)
+            judge = open_judge(recipe.evaluation, extractor, rae, *kept_back, run.folder, run.leave_out)
         run.begin(objective.describe())
         for batch in run.watch_broken(stream, loader(stream, run.positions(), recipe.data)):
             # --- single training step ---------------------------------------------------------------------------------
@@ -215,8 +228,8 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path, *, tokens: LatentCa
                 run.tell(adversary=objective.health(run.log(lr=lr)))
             if run.due("evaluate") and run.main:
                 if held_out:
-                    run.judge(best_by="held_out_fd", **_evaluate(rae, held_out, recipe, run.leave_out))
-                run.show(_reconstructions(rae, held_out or images, recipe))
+                    run.judge(best_by=judge.figure, **held_out_figures(rae, judge, *kept_back, run.leave_out))
+                run.show(reconstructions(rae, held_out or images, recipe.data))
             if run.due("keep"):
                 run.keep(save_model)
             if run.due("save"):
@@ -277,43 +290,3 @@ def _statistics(recipe: DecoderRecipe, encoder: Encoder, images: Images, run: Ru
 def _of_law(law: SigmaLaw, u: torch.Tensor) -> torch.Tensor:
     """Draws from U[0,1) -> draws of the law's own distribution: |n| of a normal n by its inverse distribution."""
     return u if law == "uniform" else torch.special.ndtri((1 + u.double()) / 2).float()
-
-
-@torch.no_grad()
-def _evaluate(rae: RAE, images: Images, recipe: DecoderRecipe, left_out: Callable[[str], object]) -> dict[str, float]:
-    """How well held-out images are reconstructed, without noise.
-
-    l1 (not clamped), psnr and ssim of clamped images, and fd: the Frechet distance between originals and
-    reconstructions of the mean token of the run's own encoder. With fewer images than channels it is biased upwards,
-    by the same for every step of a run.
-    """
-    device, figures = next(rae.decoder.parameters()).device, {"l1": [], "psnr": [], "ssim": []}
-    originals, reconstructions = Moments(rae.encoder.width), Moments(rae.encoder.width)
-    count, resize = min(len(images), recipe.run.evaluate_images), rae.output_size != rae.image_size
-    for batch in readable(images, recipe.data, rae.output_size, range(count), batch=64, left_out=left_out):
-        image = to_unit(batch["image"].to(device))
-        decoded = _reconstruct(rae, image)
-        shown = decoded.clamp(0, 1)
-        figures["l1"].append((decoded - image).abs().mean(dim=(1, 2, 3)))
-        figures["psnr"].append(psnr(shown, image))
-        if min(rae.output_size) >= WINDOW:
-            figures["ssim"].append(ssim(shown, image))
-        for moments, x in ((originals, image), (reconstructions, shown)):
-            moments.update(rae.tokens(x, resize=resize).mean(1))
-    means = {f"held_out_{name}": float(torch.cat(values).mean()) for name, values in figures.items() if values}
-    if originals.count > 1:
-        both = (value for m in (originals, reconstructions) for value in (m.mean, m.covariance))
-        means["held_out_fd"] = frechet_distance(*both)
-    return means
-
-
-def _reconstructions(rae: RAE, images: Images, recipe: DecoderRecipe) -> list[torch.Tensor]:
-    """Rows: the first eight images, and their reconstructions."""
-    views = Views(images, recipe.data, rae.output_size)
-    image = to_unit(torch.stack([views[i]["image"] for i in range(min(8, len(images)))]))
-    return [image, _reconstruct(rae, image.to(next(rae.decoder.parameters()).device)).cpu()]
-
-
-@torch.no_grad()
-def _reconstruct(rae: RAE, image: torch.Tensor) -> torch.Tensor:
-    return rae.decode_tokens(rae.tokens(image, resize=rae.output_size != rae.image_size))

@@ -354,20 +354,25 @@ class Run:
         """Say once that a held-out image cannot be read and is left out."""
         self._unreadable.leave_out(name)
 
-    def check_held_out(self, images: Images | None, data: DataConfig, size: tuple[int, int]) -> None:
+    def check_held_out(self, images: Images | None, data: DataConfig, size: tuple[int, int], *, by: str = "") -> None:
         """Read the held-out images once, so that one that cannot be read ends the run now and not hours later.
 
-        Figures of other images than before the run was resumed, or of more, do not compare: the best one is forgotten.
+        Figures of other images than before the run was resumed, of more, or by another network do not compare: the
+        best one is forgotten.
+
+        Args:
+            images, data, size: the held-out ones, how they are read, and (H, W) of their crops.
+            by: identity of what judges them, where the run's own networks do not.
 
         Raises:
             ImageError: one cannot be read, or, where they may be left out, none can.
         """
         if not images:
             return
-        judged_by = f"{min(len(images), self.config.evaluate_images)} of {images.identity}"
+        judged_by = f"{min(len(images), self.config.evaluate_images)} of {images.identity}{by and f' by {by}'}"
         if self._judged_by not in (None, judged_by):
             self._best = math.inf
-            self.warn("data.held_out or run.evaluate_images has other images than before: `best` is found anew")
+            self.warn("held-out images, or what judges them, are not those of before: `best` is found anew")
         self._judged_by = judged_by
         if self.main:
             self._unreadable.check_held_out(images, data, size, self.config.evaluate_images)

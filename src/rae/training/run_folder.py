@@ -25,6 +25,7 @@ from rae.folders import aside, checkpoints, locked
 FREE = {"run.duration", "run.log_every", "run.save_every", "run.evaluate_every", "run.keep", "run.trackers"}
 FREE |= {"run.keep_at", "run.sharding"}  # what stays, and who holds which part: checkpoints are the same
 FREE |= {"run.evaluate_images", "sheet.images", "sheet.steps", "sheet.cfg", "data.workers"}
+FREE |= {"evaluation.features", "evaluation.weights"}  # by another network `best` is found anew
 FREE |= {"optim.warmup", "optim.decay_end"}
 FREE |= {"encoder.name", "rae", "latents", "data.source", "data.held_out", "data.class_names"}
 FREE |= {f"loss.adversarial.discriminator.optim.{key}" for key in ("warmup", "decay_end")}
