@@ -245,6 +245,15 @@ def test_what_training_said_is_repeated_with_its_place(tmp_path):
     assert "a: training said at 16 images: the loss is nan" in report.html
 
 
+def test_networks_that_judge_stand_side_by_side(tmp_path):
+    lines = [{"images": 0, "judge_perceptual": "LPIPS (VGG16)"}, {"images": 0, "judge_held_out": "inception (12ab)"}]
+    paths = [make_run(tmp_path / "a", DECODER, lines), make_run(tmp_path / "b", DECODER, lines[1:])]
+    report = Report(paths, tmp_path / "out")
+    assert report.row("perceptual") == ["LPIPS (VGG16)", "-"]
+    assert report.row("held_out") == ["inception (12ab)"] * 2
+    assert "Networks that judge" not in Report([make_run(tmp_path / "c", DECODER)], tmp_path / "other").html
+
+
 def test_values_that_are_not_finite_are_shown(tmp_path):
     run = make_run(tmp_path / "a", DECODER, [{"images": 8, "loss": 1.0}, {"images": 16, "loss": math.nan}])
     assert Report([run], tmp_path / "out").row("training loss") == ["nan"]

@@ -55,6 +55,7 @@ def test_another_encoder_judges_as_rae_evaluate_would_and_chooses_the_best(encod
     expected = distance(*(extractor(to_bytes(x))["features"] for x in both))
     assert log(folder, "held_out_fd_other") == [pytest.approx(expected, rel=1e-5)]
     assert log(folder, "held_out_fd") == []
+    assert log(folder, "judge_held_out") == [f"{tmp_path / 'other'} ({extractor.identity[:12]})"]
     assert (folder / "best").read_text() == "000000016\n"
 
 

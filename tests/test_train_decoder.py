@@ -142,6 +142,7 @@ def test_lpips_as_the_perceptual_term(encoder, tmp_path, monkeypatch, capsys):
     )
     folder = train_decoder(recipe, tmp_path / "run")
     assert "L1 + 0.1 x perceptual (LPIPS (VGG16), from 0st)" in capsys.readouterr().err
+    assert log(folder, "judge_perceptual") == ["LPIPS (VGG16)"]
     for line in lines(folder):
         assert line["loss"] == pytest.approx(line["l1"] + 0.1 * line["perceptual"])
 

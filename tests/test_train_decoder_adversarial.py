@@ -1,6 +1,7 @@
 """Stage 1 with a discriminator: when it plays, what is logged, and that the way of computing changes nothing."""
 
 import functools
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,10 @@ from safetensors.torch import load_file, save_file
 from tiny import adversarial, decoder_recipe, lines, log, same_bits, save_encoder, tensors, train_all_in_processes
 
 from rae import RAE, Decoder
+from rae.commands.run_record import read_run
+from rae.commands.run_report import facts
 from rae.config import ConfigError
+from rae.training.adversarial import open_frozen
 from rae.training.decoder import DecoderRecipe, train_decoder
 from rae.training.run_folder import TrainingError
 
@@ -50,7 +54,21 @@ def test_figures_appear_with_their_players(encoder, played, tmp_path, capsys):
     assert {"train/discriminator.safetensors", "train/discriminator_optimizer.safetensors"} < names
 
 
-def test_the_log_names_the_judges(encoder, tmp_path, capsys):
+def test_the_judges_are_named_on_the_screen_in_the_log_and_in_the_checkpoint(encoder, tmp_path, capsys):
+    for duration in ("1st", "2st"):  # once in a run, however often it goes on
+        train_decoder(gan(encoder, run__duration=duration, data__held_out=0.1), tmp_path / "run")
+    features = f"features of the encoder, {encoder}"
+    opponent = f"discriminator on {encoder} ({open_frozen(str(encoder), 16).identity()[:12]})"
+    named = {"perceptual": features, "adversarial": opponent, "held_out": f"mean tokens of the encoder, {encoder}"}
+    for term, network in named.items():
+        assert log(tmp_path / "run", f"judge_{term}") == [network]
+    state = json.loads((tmp_path / "run/checkpoints/000000008/train/state.json").read_text())
+    assert state["judges"] == named
+    told = facts(read_run(tmp_path / "run"))["judged by"]
+    assert told.splitlines() == [f"{term}: {network}" for term, network in named.items()]
+
+
+def test_the_screen_says_what_a_loss_is_made_of(encoder, tmp_path, capsys):
     train_decoder(gan(encoder, run__duration="1st"), tmp_path / "run")
     said = capsys.readouterr().err
     assert f"0.1 x perceptual (features of the encoder, {encoder}, from 0st)" in said

@@ -57,6 +57,12 @@ class RunFiles:
         """Images seen by the last line of the log."""
         return self.lines[-1]["images"] if self.lines else 0
 
+    @property
+    def judges(self) -> dict[str, str]:
+        """Term of stage 1's loss, or held_out => the network that judges it, as the log says last."""
+        said = (item for line in self.lines for item in line.items())
+        return {key.removeprefix("judge_"): value for key, value in said if key.startswith("judge_")}
+
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Images seen and values, of every line that has this figure."""
         found = [(line["images"], line[name]) for line in self.lines if name in line]

@@ -40,7 +40,7 @@ DECIDE = {
 def runs(compared: Sequence[Compared]) -> list[Piece]:
     """The section of the runs of one stage."""
     found = {each.name: each.run for each in compared}
-    pieces = recipes({name: run.recipe for name, run in found.items()})
+    pieces = recipes({name: run.recipe for name, run in found.items()}) + judges(found)
     told = {name: [*run.doubts, *_told(run)] for name, run in found.items()}
     pieces += [note(f"{name}: {text}") for name, texts in told.items() for text in texts]
     return [*pieces, *logs(found), *sheets(found)]
@@ -112,6 +112,13 @@ def _shown(value: Any) -> str:
     if value is ABSENT:
         return "not given"
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def judges(found: Mapping[str, RunFiles]) -> list[Piece]:
+    """The networks that judged what stage 1 decodes."""
+    terms = dict.fromkeys(term for run in found.values() for term in run.judges)
+    rows = [[term, *(run.judges.get(term, "-") for run in found.values())] for term in terms]
+    return [heading("Networks that judge"), table(["what", *found], rows)] if rows else []
 
 
 # --- logs ------------------------------------------------------------------------------------------------------------

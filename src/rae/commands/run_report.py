@@ -64,6 +64,9 @@ def facts(run: RunRecord) -> dict[str, str]:
         "asked for": f"{recipe.run.duration}, {asked}",
         "made": f"{run.step:,} steps, {run.seen:,} images: {state}",
     }
+    said = {f"{key[6:]}: {line[key]}": None for line in run.lines for key in line if key.startswith("judge_")}
+    if said:
+        about["judged by"] = "\n".join(said)
     if run.lines:
         about["last line of the log"] = f"{run.lines[-1].get('time', 'no time')}"
     if rates := run.values("images_per_second"):

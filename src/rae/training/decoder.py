@@ -205,14 +205,19 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path, *, tokens: LatentCa
         def save(folder: Path) -> None:
             save_model(folder)
             moments = optimizer_tensors(optimizers)
-            save_training_state(folder / "train", decoder.state_dict(), moments, run.state(identity))
+            state = run.state(identity) | {"judges": judges}
+            save_training_state(folder / "train", decoder.state_dict(), moments, state)
             objective.save(folder / "train")
 
+        judges = objective.judges()
         run.check_held_out(held_out, recipe.data, config.output_size, by=extractor.identity if extractor else "")
         if held_out and run.main:
             kept_back = held_out, recipe.data, min(len(held_out), recipe.run.evaluate_images)
             judge = open_judge(recipe.evaluation, extractor, rae, *kept_back, run.folder, run.leave_out)
+            judges |= {"held_out": judge.network}
         run.begin(objective.describe())
+        for term, name in judges.items():
+            run.note(f"judge of {term}: {name}", **{f"judge_{term}": name})
         for batch in run.watch_broken(stream, loader(stream, run.positions(), recipe.data)):
             # --- single training step ---------------------------------------------------------------------------------
             lr = learning_rate(run.step)

@@ -53,11 +53,13 @@ class Judge(NamedTuple):
 
     Attributes:
         figure: `EvaluationConfig.figure`.
+        network: that it asks, for the log and for checkpoints.
         features: [0,1] images [B,3,H,W] -> [B,d].
         originals: the distribution of these images' features; None of fewer than two, which have none.
     """
 
     figure: str
+    network: str
     features: Callable[[Tensor], Tensor]
     originals: Normal | None
 
@@ -113,6 +115,7 @@ def open_judge(
 
     features = of_extractor if extractor else of_encoder
     by = extractor.identity if extractor else f"{rae.encoder.identity()} {next(rae.encoder.parameters()).dtype}"
+    network = f"{extractor.name} ({by[:12]})" if extractor else f"mean tokens of the encoder, {rae.encoder.config.name}"
     of = hashlib.sha256(f"{count} {images.identity} {rae.output_size} {by}".encode()).hexdigest()
     path = folder / f"held-out-{of[:12]}.safetensors"
     if not path.exists():
@@ -123,14 +126,14 @@ def open_judge(
                 moments = moments or Moments(found.shape[1])
                 moments.update(found)
         if moments is None or moments.count < 2:
-            return Judge(config.figure, features, None)
+            return Judge(config.figure, network, features, None)
         with aside(path) as hidden:
             save_file({"mean": moments.mean, "covariance": moments.covariance}, hidden)
     try:
         kept = load_file(path)
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{path} cannot be read ({error}). Remove it: it is made anew.") from error
-    return Judge(config.figure, features, normal(kept["mean"], kept["covariance"]))
+    return Judge(config.figure, network, features, normal(kept["mean"], kept["covariance"]))
 
 
 @torch.no_grad()

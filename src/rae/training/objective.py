@@ -106,8 +106,7 @@ class Objective:
         """What the decoder is judged by, for the log: names every network."""
         parts = ["L1"]
         if perceptual := self.config.perceptual:
-            judge = "LPIPS (VGG16)" if self._lpips else f"features of the encoder, {self.encoder.config.name}"
-            parts.append(f"{perceptual.weight:g} x perceptual ({judge}, from {perceptual.start})")
+            parts.append(f"{perceptual.weight:g} x perceptual ({self._perceptual_judge}, from {perceptual.start})")
         if adversarial := self.config.adversarial:
             own = adversarial.discriminator
             parts.append(
@@ -115,6 +114,14 @@ class Objective:
                 f"{own.start}, used from {adversarial.start})"
             )
         return "loss: " + " + ".join(parts)
+
+    def judges(self) -> dict[str, str]:
+        """The networks that judge, by the term that asks them, for the log and for checkpoints; none for L1."""
+        judges = {"perceptual": self._perceptual_judge} if self.config.perceptual else {}
+        if self._adversary:
+            features = self.config.adversarial.discriminator.features
+            judges["adversarial"] = f"discriminator on {features} ({self._adversary.frozen.identity()[:12]})"
+        return judges
 
     def identity(self) -> dict[str, str]:
         """Of the networks that a resumed run must find again."""
@@ -191,6 +198,10 @@ class Objective:
     def load(self, folder: Path) -> None:
         if self._adversary:
             self._adversary.load(folder)
+
+    @property
+    def _perceptual_judge(self) -> str:
+        return "LPIPS (VGG16)" if self._lpips else f"features of the encoder, {self.encoder.config.name}"
 
     @property
     def _perceived(self) -> bool:
