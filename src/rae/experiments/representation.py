@@ -19,6 +19,7 @@ from rae.experiments import world
 from rae.experiments.claims import Claim, decide
 from rae.experiments.frame import Config, Numbers, Place, Results, Study, Verdict
 from rae.experiments.vae import QUICK, VAE, vae_of, with_margin
+from rae.processes import process_state
 
 RAE, KL, PIXELS = "RAE", "KL-VAE", "pixels"
 POOLS = {"mean": lambda z: z.mean((2, 3)), "all": lambda z: z.flatten(1)}  # [B,C,h,w] -> [B,C], [B,C h w]
@@ -28,18 +29,16 @@ CHOOSING = 0.2  # part of each class's training images that chooses the weight d
 
 def latents(config: Config, seed: int, place: Place, part: str, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Latents [N,C,h,w] of these images of "train" or "held_out", and their labels [N]."""
-    images, labels = world.pictures(config, place, part)
+    (images, labels), device = world.pictures(config, place, part), process_state().device
     if config["space"] == "rae":
-        network = world.encoder(config["encoder"], config["image_size"], config["input_size"])
-
-        def encode(x: Tensor) -> Tensor:
-            return tokens_to_map(network(x), network.grid)
-    elif config["space"] == "vae":
-        images, encode = with_margin(images, config["vae_margin"]), open_autoencoder(vae_of(config, seed, place)).encode
+        network = world.encoder(config["encoder"], config["image_size"], config["input_size"]).to(device)
+        found = [tokens_to_map(network(to_unit(x.to(device))), network.grid).cpu() for x in images[chosen].split(100)]
+        return torch.cat(found), labels[chosen]
+    if config["space"] == "vae":
+        images, space = with_margin(images, config["vae_margin"]), open_autoencoder(vae_of(config, seed, place))
     else:
-        encode = Pixels(tuple(images.shape[2:])).encode
-    found = [encode(to_unit(x)) for x in images[chosen].split(100)]
-    return torch.cat(found), labels[chosen]
+        space = Pixels(tuple(images.shape[2:]))
+    return world.encode(space.to(device), images[chosen]), labels[chosen]
 
 
 def run(config: Config, setting: str, seed: int, place: Place) -> Numbers:

@@ -29,6 +29,7 @@ from rae.experiments import vae, world
 from rae.experiments.claims import RULE, Claim, better, decide
 from rae.experiments.frame import Config, Difference, Numbers, Place, Results, Study, Verdict
 from rae.folders import aside
+from rae.processes import process_state
 from rae.training.dit import train_dit
 from rae.training.dit_recipe import DiTRecipe
 
@@ -61,11 +62,12 @@ def open_space(config: Config, seed: int, place: Place) -> Space:
         name = str(world.folder_of("space", config, world.SPACE, place))
         known = str(world.latents(config, place))
         return Space(world.decoder(config, seed, place), name, world.data(config, place), known, 0)
+    device = process_state().device
     if config["space"] == "vae":
         name, margin = vae.vae_of(config, seed, place), config["vae_margin"]
-        return Space(open_autoencoder(name), name, vae.data(config, place), "memory", margin)
+        return Space(open_autoencoder(name).to(device), name, vae.data(config, place), "memory", margin)
     name = f"pixels@{config['image_size']}"
-    return Space(open_autoencoder(name), name, world.data(config, place), "memory", 0)
+    return Space(open_autoencoder(name).to(device), name, world.data(config, place), "memory", 0)
 
 
 def recipe_of(config: Config, space: Space, seed: int) -> DiTRecipe:
@@ -108,7 +110,7 @@ def _judged(
         labels = [i % model.config.network.num_classes for i in range(count)]
         asked = {"steps": config["sampling_steps"], "grid": "calls", "batch_size": 100}
         drawn = generate(model, space.autoencoder, labels, range(seed * count, (seed + 1) * count), **asked)
-        images = torch.cat([_shown(batch.images, space.margin) for batch in drawn])
+        images = _inside(torch.cat([to_bytes(batch.images).cpu() for batch in drawn]), space.margin)
         found = world.judge(images, torch.tensor(labels), config, place)
         with aside(file) as hidden:
             hidden.write_text(json.dumps(found))
@@ -119,16 +121,13 @@ def _reconstruction(config: Config, space: Space, place: Place) -> dict[str, flo
     """fd_dino, fd_net and psnr of the first `samples` held-out images, decoded again."""
     images = world.pictures(config, place, "held_out", config["samples"])[0]
     wider = vae.with_margin(images, space.margin)
-    again = [space.autoencoder.decode(space.autoencoder.encode(to_unit(part))) for part in wider.split(100)]
-    shown = torch.cat([_shown(part, space.margin) for part in again])
-    found = world.judge(shown, None, config, place)
-    return found | {"psnr": psnr(to_unit(shown), to_unit(images)).mean().item()}
+    again = _inside(world.decode(space.autoencoder, world.encode(space.autoencoder, wider)), space.margin)
+    return world.judge(again, None, config, place) | {"psnr": psnr(to_unit(again), to_unit(images)).mean().item()}
 
 
-def _shown(decoded: Tensor, margin: int) -> Tensor:
-    """Decoded images around [0,1] -> uint8, without margins."""
-    height, width = decoded.shape[2:]
-    return to_bytes(decoded[:, :, margin : height - margin, margin : width - margin])
+def _inside(images: Tensor, margin: int) -> Tensor:
+    height, width = images.shape[2:]
+    return images[:, :, margin : height - margin, margin : width - margin]
 
 
 # --- judging ---------------------------------------------------------------------------------------------------------

@@ -7,14 +7,12 @@ Both decoders are as deep and wide, and learn from the same images as long; what
 what a diffusion model costs on as many tokens.
 """
 
-import torch
-
 from rae.data.images import to_unit
 from rae.evaluation import flops
 from rae.evaluation.reconstruction import psnr, ssim
-from rae.evaluation.report import Piece, dots
+from rae.evaluation.report import Piece
 from rae.experiments import world
-from rae.experiments.claims import RULE, Claim, decide
+from rae.experiments.claims import RULE, Claim, by_setting, decide
 from rae.experiments.frame import Config, Difference, Numbers, Place, Results, Study, Verdict
 from rae.training.dit_recipe import describe_model
 
@@ -27,8 +25,7 @@ def run(config: Config, setting: str, seed: int, place: Place) -> Numbers:
     made = {**config, "input_size": config["encoder_size"]}
     rae = world.decoder(made, seed, place)
     images, labels = world.pictures(config, place, "held_out", config["samples"])
-    with torch.no_grad():
-        again = world.decode(rae, torch.cat([rae.encode(to_unit(part)) for part in images.split(100)]))
+    again = world.decode(rae, world.encode(rae, images))
     numbers = world.judge(again, labels, config, place)
     numbers |= {metric.__name__: metric(to_unit(again), to_unit(images)).mean().item() for metric in (psnr, ssim)}
     files, nowhere = world.data(config, place), place.work
@@ -64,16 +61,8 @@ def judge(results: Results) -> Verdict:
 
 
 def figures(results: Results) -> list[Piece]:
-    names = {"fd_dino": "FD of DINOv2's class tokens", "fd_net": "FD of the judge's features", "psnr": "PSNR / dB"}
-    pieces = []
-    for number, axis in names.items():
-        values = {}
-        for setting in (DIRECT, UP):
-            if results.seeds(setting):
-                mean, std, count = results[setting, number]
-                values[setting] = mean, None if std is None else std / count**0.5
-        pieces.append(dots(values, f"Reconstructions: {axis}", axis))
-    return pieces
+    axes = {"fd_dino": "FD of DINOv2's class tokens", "fd_net": "FD of the judge's features", "psnr": "PSNR / dB"}
+    return by_setting(results, (DIRECT, UP), axes)
 
 
 STUDY = Study(

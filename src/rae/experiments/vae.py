@@ -25,6 +25,7 @@ from rae.experiments import world
 from rae.experiments.frame import Config as Protocol
 from rae.experiments.frame import Place, draws, seed_of
 from rae.folders import aside, fsync, fsync_all
+from rae.processes import process_state
 from rae.training.display import progress
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def train_vae(recipe: VAERecipe, images: Tensor, folder: str | Path) -> Path:
         if (found := json.loads((folder / "recipe.json").read_text())) != about:
             raise ValueError(f"{folder} holds a VAE of another recipe: {found}, not {about}; give another folder.")
         return folder
-    vae = build_vae(recipe)
+    vae = build_vae(recipe).to(process_state().device)
     log = _fit(vae, recipe, images)
     mean, std = _moments(vae, images[:4096])
     vae.register_to_config(scaling_factor=1 / std, shift_factor=mean)
@@ -193,8 +194,8 @@ def _fit(vae: "AutoencoderKL", recipe: VAERecipe, images: Tensor) -> list[dict[s
     with progress("KL autoencoder", recipe.steps * recipe.batch) as advance:
         for step, positions in enumerate(batch_positions(0, recipe.steps * recipe.batch, recipe.batch)):
             index = [image_index(p, len(images), recipe.seed) for p in positions]
-            x = 2 * to_unit(images[index]) - 1
-            noise = torch.randn(len(x), *shape, generator=draws("vae", recipe.seed, step))
+            x = 2 * to_unit(images[index].to(vae.device)) - 1
+            noise = torch.randn(len(x), *shape, generator=draws("vae", recipe.seed, step)).to(vae.device)
             loss, figures = vae_loss(vae, x, noise, recipe.beta)
             if not math.isfinite(loss.item()):
                 raise FloatingPointError(f"the loss is {loss.item()} at step {step}; a lower lr than {recipe.lr:g}.")
@@ -217,6 +218,6 @@ def _rate(step: int, steps: int) -> float:
 @torch.no_grad()
 def _moments(vae: "AutoencoderKL", images: Tensor) -> tuple[float, float]:
     """Mean and standard deviation of the posterior's means, over all numbers of the latents."""
-    parts = [vae.encode(2 * to_unit(part) - 1).latent_dist.mean for part in images.split(64)]
+    parts = [vae.encode(2 * to_unit(part.to(vae.device)) - 1).latent_dist.mean.cpu() for part in images.split(64)]
     latents = torch.cat(parts).double()
     return latents.mean().item(), latents.std().item()
