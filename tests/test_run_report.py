@@ -192,14 +192,14 @@ def cut(path: Path) -> None:
         (lambda run: (run / "best").write_text("gone"), "best names checkpoint 'gone'", "Remove it: rm"),
         (lambda run: (run / "log.jsonl").unlink(), "log.jsonl is missing or empty after 48 images", "lost"),
         (
-            lambda run: (run / "log.jsonl").write_text((run / "log.jsonl").read_text().splitlines(True)[0]),
+            lambda run: write_log(run, [line for line in read_run(run).lines if line["images"] < 48]),
             "ends at 24 images, the newest checkpoint is of 48, and a line is written every 24",
             "lost",
         ),
         (
             lambda run: (run / "log.jsonl").write_text("what?\n" + (run / "log.jsonl").read_text() + "[1]\n"),
             r"no figures can be read from line 1, \d",
-            "Remove it",
+            "cannot go on before that is taken out of the file: sed -i '1d;",
         ),
         (
             lambda run: (run / "log.jsonl").write_text((run / "log.jsonl").read_text() + '{"images": 4'),

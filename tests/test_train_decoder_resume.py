@@ -3,13 +3,14 @@
 import os
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import decoder_recipe, log, same_bits
+from tiny import decoder_recipe, lines, log, same_bits
 
 from rae import RAE
 from rae.config import ConfigError, load_recipe
@@ -157,6 +158,22 @@ def test_refused_command_leaves_the_run_as_it_was(encoder, finished, tmp_path):
     with pytest.raises(TrainingError, match="or the recipe names others"):
         train_decoder(other, tmp_path / "run")
     assert (tmp_path / "run/recipe.yaml").read_bytes() == before
+
+
+def test_a_damaged_line_of_the_log_is_refused_before_anything_is_computed(encoder, finished, tmp_path):
+    folder, recipe = shutil.copytree(finished, tmp_path / "run"), {"run__save_every": "1st", "run__keep": 99}
+    path = folder / "log.jsonl"
+    sound = path.read_text()
+    first, second, *rest = sound.splitlines(keepends=True)
+    path.write_text("".join([first, "xx" + second, *rest]))
+    longer = decoder_recipe(encoder, **recipe, run__duration="13st")
+    with pytest.raises(TrainingError, match=r"no figures can be read from line 2\.\nTraining") as refused:
+        train_decoder(longer, folder)
+    subprocess.run(str(refused.value).partition("file: ")[2], shell=True, check=True)
+    assert path.read_text() == "".join([first, *rest])
+    path.write_text(sound + '{"images": 9')  # as a kill leaves it
+    train_decoder(longer, folder)
+    assert [line["images"] for line in lines(folder, "l1")][-1] == 104
 
 
 # --- from another decoder

@@ -19,10 +19,9 @@ import yaml
 
 from rae.commands.pictures import picture_name
 from rae.commands.reference import UNKNOWN
-from rae.commands.run_record import _read_log
 from rae.commands.sample_folder import PROTOCOL
 from rae.evaluation.report import ReportError
-from rae.training.run_folder import _flatten
+from rae.training.run_folder import _flatten, read_log
 
 FIGURES = "figures.json"
 EVALUATION = "evaluation.json"
@@ -213,7 +212,7 @@ def _read_run(folder: Path) -> RunFiles:
     except (yaml.YAMLError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ReportError(f"{path} cannot be read ({reason}); if you still have the recipe, put it there.") from error
-    lines, unreadable, cut = _read_log(folder)
+    lines, unreadable, cut = read_log(folder)
     doubts = []
     if unreadable:
         numbers = ", ".join(map(str, unreadable[:5])) + (", ..." if len(unreadable) > 5 else "")

@@ -26,7 +26,7 @@ from rae.training.diagnosis import lag_warning, trivial_warning
 from rae.training.dit_recipe import DiTRecipe
 from rae.training.objective import PATIENCE
 from rae.training.optim import ema_warning
-from rae.training.run_folder import size
+from rae.training.run_folder import log_damage, size
 
 LOSS_ROSE, DISTANCE_ROSE = 1.05, 1.2  # what chooses `best`, in stage 2 and in stage 1, over the lowest that it was
 RISEN, EXPLODED, SLOWED = 1.3, 10, 0.5  # median of the log's last fifth, over that of the lowest fifth, of all, of all
@@ -91,8 +91,7 @@ def check_log(run: RunRecord) -> Iterator[str]:
     if run.saved and not run.lines:
         yield f"{path} is missing or empty after {run.saved:,} images.\nIts figures are lost; training can go on."
     if run.unreadable:
-        numbers = ", ".join(map(str, run.unreadable[:5])) + (", ..." if len(run.unreadable) > 5 else "")
-        yield f"{path}: no figures can be read from line {numbers}.\nRemove it, or training cannot go on."
+        yield log_damage(path, run.unreadable)
     if run.cut and not run.running:
         yield f"{path} ends in half a line: a process was killed while it wrote it.\nThe same command removes it."
     places = [0, *(images for images, _ in run.series("loss"))]

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from rae.training.decoder import DecoderRecipe
 from rae.training.diagnosis import patience
 from rae.training.dit_recipe import DiTRecipe
 from rae.training.durations import in_images
+from rae.training.run_folder import read_log
 
 STATE = {"images", "identity", "schedules", "starts"}  # of `Run.state`, what is looked at here
 
@@ -128,7 +128,7 @@ def read_run(folder: Path) -> RunRecord:
     damage, kept = _damage(checkpoints(folder)), _damage(sorted(folder.glob("kept/[0-9]*")))
     intact = [path for path in damage if not damage[path]]
     state = read_state(intact[-1] / "train") if intact else None
-    return RunRecord(folder, recipe, recipe_error, *_read_log(folder), damage, kept, state, _is_running(folder))
+    return RunRecord(folder, recipe, recipe_error, *read_log(folder), damage, kept, state, _is_running(folder))
 
 
 def _damage(paths: list[Path]) -> dict[Path, str | None]:
@@ -145,20 +145,6 @@ def _read_recipe(path: Path) -> DecoderRecipe | DiTRecipe:
         sections = yaml.safe_load(path.read_bytes())
     second = isinstance(sections, dict) and "network" in sections
     return load_recipe(DiTRecipe if second else DecoderRecipe, path)
-
-
-def _read_log(folder: Path) -> tuple[list[dict[str, Any]], list[int], bool]:
-    path, lines, unreadable = folder / "log.jsonl", [], []
-    whole, _, rest = (path.read_text(errors="replace") if path.is_file() else "").rpartition("\n")
-    for number, text in enumerate(whole.splitlines(), start=1):
-        line = None
-        with contextlib.suppress(ValueError):
-            line = json.loads(text)
-        if isinstance(line, dict) and isinstance(line.get("images"), int):
-            lines.append(line)
-        else:
-            unreadable.append(number)
-    return lines, unreadable, bool(rest)
 
 
 def _is_running(folder: Path) -> bool:

@@ -27,6 +27,7 @@ from rae.training.optim import OptimizerConfig, learning_rate, schedule_warning
 from rae.training.run_folder import (
     TrainingError,
     check_identity,
+    check_log,
     check_recipe,
     check_starts,
     claim,
@@ -119,12 +120,13 @@ class Run:
         Raises:
             ConfigError: another recipe.
             CheckpointError: the newest checkpoint is damaged.
-            TrainingError: not a run folder, or in use by another process.
+            TrainingError: not a run folder, in use by another process, or its log is damaged.
         """
         with contextlib.ExitStack() as stack:
             if self.main:
                 stack.enter_context(claim(self.folder))
                 check_recipe(self.folder, self.recipe)
+                check_log(self.folder)
                 if not checkpoints(self.folder):
                     keep_recipe(self.folder, self.recipe)
                 newest_checkpoint(self.folder)

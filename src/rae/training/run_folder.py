@@ -10,6 +10,7 @@ runs/x/
 
 import contextlib
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,38 @@ def keep_recipe(folder: Path, recipe: Config) -> None:
     """Write the recipe of a run that goes on, or begins."""
     with aside(folder / "recipe.yaml") as hidden:
         hidden.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+
+
+def read_log(folder: Path) -> tuple[list[dict[str, Any]], list[int], bool]:
+    """The log's lines that can be read; numbers, from 1, of those that cannot; whether the last one is half a line."""
+    path, lines, unreadable = folder / "log.jsonl", [], []
+    whole, _, rest = (path.read_text(errors="replace") if path.is_file() else "").rpartition("\n")
+    for number, text in enumerate(whole.splitlines(), start=1):
+        line = None
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+        if isinstance(line, dict) and isinstance(line.get("images"), int):
+            lines.append(line)
+        else:
+            unreadable.append(number)
+    return lines, unreadable, bool(rest)
+
+
+def log_damage(path: Path, unreadable: list[int]) -> str:
+    """What is wrong with a log of which these lines cannot be read; the second line is the remedy."""
+    numbers = ", ".join(map(str, unreadable[:5])) + (", ..." if len(unreadable) > 5 else "")
+    delete = ";".join(f"{number}d" for number in unreadable)
+    return (
+        f"{path}: no figures can be read from line {numbers}.\nTraining cannot go on before that is taken out of the "
+        f"file: sed -i '{delete}' {shlex.quote(str(path))}"
+    )
+
+
+def check_log(folder: Path) -> None:
+    """Refuse to go on with a log that is damaged; half a line at its end is what a killed run leaves."""
+    _, unreadable, _ = read_log(folder)
+    if unreadable:
+        raise TrainingError(log_damage(folder / "log.jsonl", unreadable))
 
 
 def truncate_log(path: Path, seen: int) -> list[dict[str, Any]]:
