@@ -81,6 +81,32 @@ def test_best_is_found_anew_where_other_images_decide(tmp_path, capsys, folder, 
     assert (said in capsys.readouterr().err) == (best == 16)
 
 
+@pytest.mark.parametrize(
+    ("duration", "evaluate", "save_every", "said", "logged"),
+    [
+        ("20st", "5st", "7st", "among 1 of the 4 steps that are judged, which is the last one", 1),
+        ("20st", "4st", "10st", "among 1 of the 5 steps", 1),
+        ("40st", "4st", "10st", "among 2 of the 10 steps that are judged, with the last one", 0),
+        ("20st", "5st", "5st", None, 0),
+        ("20st", "10st", "5st", None, 0),
+        ("20st", "20st", "7st", None, 0),  # judged at the end, which is always saved
+        ("20st", "10%", "10%", None, 0),
+    ],
+)
+def test_steps_that_cannot_become_the_best_are_told(tmp_path, capsys, duration, evaluate, save_every, said, logged):
+    settings = {"run__duration": duration, "run__evaluate_every": evaluate, "run__save_every": save_every}
+    recipe = decoder_recipe(tmp_path, **settings, data__source="digits")
+    for held_out in (None, open_images(images(tmp_path / "images", 2))):
+        folder = tmp_path / f"run-{held_out is None}"
+        with Run(folder, recipe, epoch=10) as run:
+            run.check_held_out(held_out, recipe.data, (16, 16))
+            run.begin()
+        told = capsys.readouterr().err
+        assert ("`best` is chosen" in told) == (said is not None and held_out is not None)
+        assert held_out is None or (said or "") in told
+    assert len(log(folder, "warning")) == logged
+
+
 def test_a_run_that_moves_to_another_kind_of_device_says_so(tmp_path, capsys):
     recipe = decoder_recipe(tmp_path)
     for device in ("cpu", "cpu", "cuda"):

@@ -261,6 +261,8 @@ class Run:
                 self.warn(f"run.keep_at: {moment} is after the end of the run ({self.config.duration})")
             elif images <= self.seen and not (self.folder / f"kept/{images:09d}").exists():
                 self.warn(f"run.keep_at: {moment} was step {images // self.config.batch:,}, which is past and not kept")
+        if self._judged_by:
+            self._say_where_best_is_found()
         self._clock, self._clock_seen = time.monotonic(), self.seen
         self._advance = self._stack.enter_context(
             progress("training", self.total, start=self.seen, console=self.console)
@@ -384,6 +386,24 @@ class Run:
         self.record(**figures)
         if best_by in figures and self.due("save") and figures[best_by] < self._best:
             self._best, self._best_at = figures[best_by], self.seen
+
+    def _say_where_best_is_found(self) -> None:
+        """`best` names a checkpoint, so a step that is judged and not saved cannot become it."""
+        evaluate, save = (self.every[name] for name in ("evaluate", "save"))
+        judged, both = ((self.total - 1) // images for images in (evaluate, math.lcm(evaluate, save)))  # before the end
+        if judged == both:
+            return
+        evaluate, save = (images // self.config.batch for images in (evaluate, save))
+        message = (
+            f"held-out images are judged every {evaluate:,} steps and checkpoints saved every {save:,}: `best` is chosen"
+            f" among {both + 1:,} of the {judged + 1:,} steps that are judged, {'with' if both else 'which is'} the "
+            f"last one.\nrun.save_every={evaluate}st saves all that are judged, run.evaluate_every={save}st judges all "
+            "that are saved."
+        )
+        if both:
+            self.warn(message)
+        else:
+            self.tell(best=message)
 
     def show(self, rows: list[torch.Tensor]) -> None:
         """Save a sheet of pictures, rows of [0,1] images [B,3,h,w], and hand it to the trackers."""
