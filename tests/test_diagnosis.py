@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from rae import RAE
+from rae.config import ConfigError
 from rae.diffusion.dit import DiTConfig, DiTDHConfig
 from rae.diffusion.flow import Flow
 from rae.diffusion.model import DiffusionModelConfig
-from rae.evaluation.flow_loss import latent_moments, mean_trivial_loss, width_bound
-from rae.training.diagnosis import check_settings, lag_warning, patience, trivial_warning
+from rae.evaluation.flow_loss import LatentMoments, latent_moments, mean_trivial_loss, width_bound
+from rae.training.diagnosis import channel_distance, check_settings, lag_warning, patience, trivial_warning
 from rae.training.optim import OptimizerConfig
 
 
@@ -65,13 +67,47 @@ def test_latents_that_are_not_standardised():
     assert "statistics=true" in remedy
 
 
-@pytest.mark.parametrize(("scale", "mean"), [(2.0, 0.0), (0.3, 0.0), (1.0, 1.5)])
-def test_statistics_of_something_else(scale, mean):
-    (message,) = said(settings(), latents(scale, mean))
-    what, remedy = message.split("\n")
+@pytest.mark.parametrize(("scale", "mean"), [(2.2, 0.0), (0.3, 0.0), (1.0, 2.0)])
+def test_statistics_of_something_else_are_refused(scale, mean):
+    with pytest.raises(ConfigError) as refused:
+        said(settings(), latents(scale, mean))
+    what, remedy = str(refused.value).split("\n")
     power = float(what.split("latents is ")[1].split(",")[0])
     assert power == pytest.approx(scale**2 + mean**2, rel=0.1)
     assert "decoder.init" in remedy
+    assert "`rae convert --statistics`" in remedy
+
+
+@pytest.mark.parametrize(("scale", "mean"), [(1.8, 0.0), (1.0, 1.5), (0.8, 0.9)])
+def test_statistics_of_images_unlike_these_are_said(scale, mean):
+    (message,) = said(settings(), latents(scale, mean))
+    what, remedy = message.split("\n")
+    assert float(what.split("distance of ")[1].split(";")[0]) == pytest.approx(mean**2 + (scale - 1) ** 2, rel=0.15)
+    assert "leave it so" in remedy
+
+
+def test_channels_that_are_wrong_in_turn_are_found_though_the_mean_square_is_right():
+    swing = torch.ones(16, 1, 1)
+    swing[::2], swing[1::2] = 9**-0.5, 0.55**-0.5  # statistics whose variances are 9 and 0.55 times the right ones
+    (message,) = said(settings(), latents() * swing)
+    assert "statistics do not fit these images" in message
+    with pytest.raises(ConfigError, match=r"mean square of the latents is 5\."):
+        said(settings(), latents() / swing)
+
+
+def test_train_dit_refuses_foreign_statistics_before_it_trains(runs, refused, tmp_path):
+    rae = RAE.from_pretrained(runs / "decoder")
+    foreign = RAE(rae.encoder, rae.decoder, (rae.latent_mean, rae.latent_var / 9))
+    foreign.save_pretrained(tmp_path / "foreign")
+    message = refused("train-dit", runs / "dit.yaml", f"rae={tmp_path / 'foreign'}", "--out", tmp_path / "run")
+    assert "the autoencoder's statistics are of another encoder, damaged, or of images" in message
+    assert not (tmp_path / "run/log.jsonl").exists()
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_the_distance_is_that_of_normal_distributions():
+    moments = LatentMoments(torch.tensor([0.0, 0.5, -1.0]), torch.diag(torch.tensor([1.0, 4.0, 0.0])))
+    assert channel_distance(moments) == pytest.approx((0 + (0.25 + 1) + (1 + 1)) / 3)
 
 
 def test_a_narrow_network_is_told_its_bound():
