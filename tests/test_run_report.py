@@ -97,7 +97,7 @@ def test_nothing_is_found_in_a_sound_run(stage, request, capsys, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert print_report(run) == 0
     printed = capsys.readouterr().out
-    assert "Nothing is wrong with it." in printed
+    assert ("Nothing else is wrong with it." if stage == "dit" else "Nothing is wrong with it.") in printed
     assert "6st, 6 steps of 8 images" in printed
     assert "6 steps, 48 images: finished" in printed
     assert "000000024" in printed
@@ -433,6 +433,28 @@ def test_a_loss_above_the_trivial_one_is_found_after_a_while(dit):
     assert "below 1.5 (Theorem 1)" in told
     write_log(dit, [line | {"images": 600} for line in lines] + [{"images": 600, "trivial_loss": 1.95}])
     assert not any("linear guess" in finding for finding in found(dit))  # the run's own figure counts
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "made", "said"),
+    [
+        (0, 60, 60, "60 steps are made, from 100 on they tell whether anything is learnt, which it does not reach."),
+        (0, 1000, 99, "99 steps are made, from 500 on they tell whether anything is learnt."),
+        (200, 150, 150, "150 steps are made, from 200 on .*, which it does not reach."),
+        (200, 300, 199, "199 steps are made, from 200 on they tell whether anything is learnt."),
+        (200, 300, 200, None),
+    ],
+)
+def test_losses_that_it_is_too_early_to_judge(dit, capsys, monkeypatch, warmup, steps, made, said):
+    monkeypatch.setenv("COLUMNS", "500")
+    change_recipe(dit, run__batch=1, run__duration=f"{steps}st")
+    change_state(dit, lambda state: state["schedules"].update(optim=[0, warmup, steps]))
+    write_log(dit, [{"images": made, "loss": 2.9}])
+    print_report(dit)
+    printed = capsys.readouterr().out
+    assert ("too early" in printed) == (said is not None)
+    assert re.search(said or "a linear guess", printed)
+    assert "Nothing is wrong" not in printed
 
 
 def test_warnings_of_the_settings_are_repeated_and_those_of_losses_judged_anew(dit):

@@ -96,10 +96,15 @@ class RunRecord:
         return self.recipe.evaluation.figure if isinstance(self.recipe, DecoderRecipe) else "held_out_loss"
 
     @property
-    def judged(self) -> bool:
-        """Whether stage 2 has made so many steps that its losses tell something."""
+    def judged_from(self) -> int:
+        """Step from which on the losses of stage 2 tell something, by the schedule of the newest intact checkpoint."""
         steps = (self.total or self.seen) // self.recipe.run.batch
-        return self.state is not None and self.step >= patience(steps, self.state["schedules"]["optim"][1])
+        return patience(steps, self.state["schedules"]["optim"][1])
+
+    @property
+    def judged(self) -> bool:
+        """Whether stage 2 has made so many steps."""
+        return self.state is not None and self.step >= self.judged_from
 
     def series(self, name: str) -> list[tuple[int, float]]:
         """(images, value) of every line of the log that has this figure."""

@@ -39,9 +39,22 @@ def print_report(folder: Path) -> int:
         console.print(Text(f"{number}. {what}", "yellow"), soft_wrap=True)
         for line in rest:
             console.print(Text(f"   {line}"), soft_wrap=True)
+    if early := too_early(run):
+        console.print(Text(early, "yellow"), soft_wrap=True)
     if not found:
-        console.print("Nothing is wrong with it.", style="green")
+        console.print("Nothing else is wrong with it." if early else "Nothing is wrong with it.", style="green")
     return len(found)
+
+
+def too_early(run: RunRecord) -> str | None:
+    """What to say of stage 2 before its losses are judged."""
+    if not isinstance(run.recipe, DiTRecipe) or run.state is None or run.missing_state or run.judged:
+        return None
+    never = ", which it does not reach" if run.total and run.judged_from > run.total // run.recipe.run.batch else ""
+    return (
+        f"It is too early to judge its losses: {run.step:,} steps are made, from {run.judged_from:,} on they tell "
+        f"whether anything is learnt{never}."
+    )
 
 
 def facts(run: RunRecord) -> dict[str, str]:

@@ -395,10 +395,10 @@ class Run:
             return
         evaluate, save = (images // self.config.batch for images in (evaluate, save))
         message = (
-            f"held-out images are judged every {evaluate:,} steps and checkpoints saved every {save:,}: `best` is chosen"
-            f" among {both + 1:,} of the {judged + 1:,} steps that are judged, {'with' if both else 'which is'} the "
-            f"last one.\nrun.save_every={evaluate}st saves all that are judged, run.evaluate_every={save}st judges all "
-            "that are saved."
+            f"held-out images are judged every {evaluate:,} steps and checkpoints saved every {save:,}: `best` is "
+            f"chosen among {both + 1:,} of the {judged + 1:,} steps that are judged, {'with' if both else 'which is'} "
+            f"the last one.\nrun.save_every={evaluate}st saves all that are judged, run.evaluate_every={save}st judges "
+            "all that are saved."
         )
         if both:
             self.warn(message)
