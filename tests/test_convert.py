@@ -8,7 +8,9 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from tiny import png
 
+from rae.autoencoder.latents import LatentStats
 from rae.autoencoder.rae import RAE
 from rae.diffusion.model import DiffusionModel
 from rae.interop.convert import convert, detect
@@ -60,6 +62,37 @@ def test_decoder_and_statistics_become_an_autoencoder(tmp_path, encoder, decoder
     assert loaded.latent_identity == converted.latent_identity
     assert torch.equal(loaded.reconstruct(images), converted.reconstruct(images))
     assert torch.equal(loaded.latent_mean, torch.load(stat_file, weights_only=True)["mean"])
+
+
+@pytest.fixture
+def own_statistics(tmp_path, encoder, run):
+    """What `rae stats` writes, of three images by the encoder of the decoder."""
+    images, out = tmp_path / "images", tmp_path / "own.safetensors"
+    images.mkdir()
+    for seed in range(3):
+        (images / f"{seed}.png").write_bytes(png(seed))
+    run("stats", encoder, images, "--image-size", 64, "--enlarge", "--out", out)
+    return out
+
+
+def test_statistics_may_be_those_of_rae_stats(tmp_path, encoder, decoder_file, own_statistics):
+    converted = convert_rae(decoder_file, tmp_path / "out", encoder, own_statistics)
+    stats = LatentStats.load(own_statistics)
+    assert torch.equal(converted.latent_mean, stats.mean.float())
+    assert torch.equal(converted.latent_var, (stats.m2 / stats.count).float())
+    assert RAE.from_pretrained(tmp_path / "out").latent_identity == converted.latent_identity
+    with pytest.raises(ConversionError, match="latent statistics; give it as statistics="):
+        convert(own_statistics, tmp_path / "other", console=QUIET)
+
+
+def test_statistics_of_another_encoder_or_size_are_refused(tmp_path, encoder, decoder_file, own_statistics):
+    with pytest.raises(ConversionError, match=r"image_size \(64, 64\), .* has \(128, 128\) here; take the same"):
+        convert_rae(decoder_file, tmp_path / "out", encoder, own_statistics, image_size=128)
+    weights = load_file(encoder / "model.safetensors")
+    save_file({name: 2 * value for name, value in weights.items()}, encoder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConversionError, match=r"holds statistics of the encoder .*, whose weights are not those of"):
+        convert_rae(decoder_file, tmp_path / "out", encoder, own_statistics)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_training_checkpoint_must_have_the_encoder_that_is_named(tmp_path, encoder, decoder_file):

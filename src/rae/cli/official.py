@@ -13,7 +13,7 @@ from rae.cli.options import Size
 @click.option("--weights", default="ema", show_default=True, type=click.Choice(["ema", "model"]))
 @click.option("--encoder", help="Decoder: the encoder it was trained with (name, hub id or folder).")
 @click.option("--image-size", type=Size(), help="Decoder: of the images that are encoded: 256 or 512 if published.")
-@click.option("--statistics", help="Decoder: its stat.pt, or none.")
+@click.option("--statistics", help="Decoder: its stat.pt, a file of `rae stats`, or none.")
 @click.option("--heads", type=click.IntRange(1), help="Decoder: attention heads, if its size is not a published one.")
 @click.option("--shift", type=click.FloatRange(1), help="Stage 2: sqrt(C h w / 4096); 6.928 for DINOv2-B at 256.")
 @click.option("--time-law", type=click.Choice(["uniform", "logit-normal"]), help="Stage 2: of the training times.")

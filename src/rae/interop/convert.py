@@ -17,6 +17,7 @@ from rae.interop.official import (
     ConversionError,
     StateDict,
     Weights,
+    check_statistics,
     convert_decoder,
     convert_stage2,
     read_file,
@@ -50,7 +51,8 @@ def convert(
         weights: "ema" or "model", where a training checkpoint holds both.
         encoder: (decoder) name, hub id or folder of the encoder it was trained with, as for `load_encoder`.
         image_size: (decoder) of the images that are encoded, in pixels: 256 or 512 for the published ones.
-        statistics: (decoder) the stat.pt that belongs to it, or "none" for latents that are not standardised.
+        statistics: (decoder) the stat.pt that belongs to it; a file of `rae stats`, taken with the same encoder and
+            image size; or "none" for latents that are not standardised.
         heads: (decoder) attention heads, if its size is not a published one.
         shift: (stage 2) sqrt(C h w / 4096): 6.928 for DINOv2-B at 256 pixels, 13.856 at 512.
         time_law: (stage 2) of training times, for training on. Sampling does not use it.
@@ -88,7 +90,10 @@ def convert(
             decoder = convert_decoder(path, weights=weights, heads=heads)
             stats = None if statistics == "none" else read_statistics(statistics)
         with console.status(escape(f"loading the encoder {encoder}")):
-            model = RAE(load_encoder(encoder, image_size=image_size), decoder, stats)
+            network = load_encoder(encoder, image_size=image_size)
+            if stats:
+                check_statistics(statistics, network)
+            model = RAE(network, decoder, stats)
         if model.encoder.grid != decoder.config.grid:
             raise ConversionError(
                 f"{encoder} makes {model.encoder.grid} tokens of images of {model.image_size} pixels, the decoder in "
@@ -114,7 +119,7 @@ def detect(path: str | Path, weights: Weights = "ema") -> Kind:
     Raises:
         ConversionError: none that can be converted by itself.
     """
-    if set(read_file(path)) == {"mean", "var"}:
+    if set(read_file(path)) in ({"mean", "var"}, {"count", "mean", "m2"}):
         raise ConversionError(f"{path} holds latent statistics; give it as statistics= when you convert the decoder.")
     state = read_weights(path, weights)
     for key, kind in (

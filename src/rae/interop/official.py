@@ -13,6 +13,7 @@ never guessed. A missing, unexpected or misshapen key is an error. This is the o
 `weights_only=True`, so that opening a file runs none of its code. The same tensors as safetensors are read as well.
 """
 
+import json
 import math
 import pickle
 import re
@@ -22,10 +23,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rae.autoencoder.decoder import DECODERS, Decoder, DecoderConfig
+from rae.autoencoder.encoders import Encoder, EncoderConfig
+from rae.autoencoder.latents import LatentStats
 from rae.config import parse
 from rae.diffusion.dit import rotary_angles
 from rae.diffusion.flow import Flow
@@ -143,12 +147,17 @@ def read_weights(path: str | Path, weights: Weights = "ema") -> StateDict:
 
 
 def read_statistics(path: str | Path) -> tuple[Tensor, Tensor]:
-    """Mean and variance [C,h,w] of a statistics file, {"mean", "var"}; eps (1e-5) is not in it.
+    """Mean and variance [C,h,w] of a statistics file: theirs, {"mean", "var"}, or one of `rae stats` (`LatentStats`).
+
+    The variance floor eps (1e-5) is in neither.
 
     Raises:
         ConversionError: other keys, shapes that differ or are not [C,h,w], a negative variance.
     """
     content = read_file(path)
+    if set(content) == {"count", "mean", "m2"}:
+        stats = LatentStats.load(path)
+        content = {"mean": stats.mean, "var": stats.var}
     if set(content) != {"mean", "var"} or not all(isinstance(value, Tensor) for value in content.values()):
         raise ConversionError(f"{path} holds {_some(content)}, not the 'mean' and 'var' of latent statistics.")
     mean, var = (content[key].float() for key in ("mean", "var"))
@@ -157,6 +166,30 @@ def read_statistics(path: str | Path) -> tuple[Tensor, Tensor]:
     if not (mean.isfinite().all() and var.isfinite().all() and var.min() >= 0):
         raise ConversionError(f"{path}: the statistics are not finite, or a variance is negative.")
     return mean, var
+
+
+def check_statistics(path: str | Path, encoder: Encoder) -> None:
+    """Refuse a file of `rae stats` that was taken with another encoder or other sizes; theirs do not say with which.
+
+    Raises:
+        ConversionError: it was.
+    """
+    if Path(path).suffix != ".safetensors":
+        return
+    with safe_open(path, "pt") as file:
+        about = file.metadata() or {}
+    if "encoder" not in about:
+        return
+    theirs, name = parse(EncoderConfig, json.loads(about["encoder"]), str(path)), encoder.config.name
+    for key in ("image_size", "input_size"):
+        found, wanted = getattr(theirs, key), getattr(encoder.config, key)
+        if found != wanted:
+            raise ConversionError(f"{path} was taken with {key} {found}, {name} has {wanted} here; take the same.")
+    if about["encoder_checksum"] != encoder.checksum():
+        raise ConversionError(
+            f"{path} holds statistics of the encoder {theirs.name}, whose weights are not those of {name}: take them "
+            f"again, `rae stats {name} IMAGES`."
+        )
 
 
 def running_statistics(processes: Sequence[Iterable[Tensor]], momentum: float = 0.1) -> tuple[Tensor, Tensor]:
