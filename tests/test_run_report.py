@@ -475,6 +475,15 @@ def test_an_average_that_is_too_long_or_lags_behind(dit):
     assert "140 are made" in lags
 
 
+def test_terms_that_never_begin_are_told(runs, tmp_path):
+    game = adversarial(runs / "encoder", start="3st", discriminator={"start": "1st"})
+    changes = {"loss__adversarial": game, "loss__perceptual__start": "2st", "run__duration": "3st"}
+    run = sound(train_decoder(decoder_recipe(runs / "encoder", **changes), tmp_path / "run"), tmp_path / "copy")
+    assert only(run).startswith("loss.adversarial.start: 3st is not before the end of the run (3st): it will not begin")
+    change_recipe(run, run__duration="4st")
+    assert not any("will not begin" in finding for finding in found(run))
+
+
 def test_the_discriminators_health_is_told_as_training_tells_it(runs, tmp_path):
     recipe = decoder_recipe(runs / "encoder", run__duration="1st", loss__adversarial=adversarial(runs / "encoder"))
     run = sound(train_decoder(recipe, tmp_path / "run"), tmp_path / "copy")

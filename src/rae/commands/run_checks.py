@@ -24,9 +24,10 @@ from rae.training.adversarial import health
 from rae.training.decoder import DecoderRecipe
 from rae.training.diagnosis import lag_warning, trivial_warning
 from rae.training.dit_recipe import DiTRecipe
+from rae.training.durations import start_warning
 from rae.training.objective import PATIENCE
 from rae.training.optim import ema_warning
-from rae.training.run_folder import log_damage, size
+from rae.training.run_folder import _flatten, log_damage, size
 
 LOSS_ROSE, DISTANCE_ROSE = 1.05, 1.2  # what chooses `best`, in stage 2 and in stage 1, over the lowest that it was
 RISEN, EXPLODED, SLOWED = 1.3, 10, 0.5  # median of the log's last fifth, over that of the lowest fifth, of all, of all
@@ -192,6 +193,14 @@ def check_warnings(run: RunRecord) -> Iterator[str]:
             yield line["warning"]
 
 
+def check_starts(run: RunRecord) -> Iterator[str]:
+    """Terms of stage 1 whose start, in images, the newest intact checkpoint knows."""
+    keys = _flatten(run.recipe.model_dump())
+    for key, start in run.state["starts"].items() if run.state and run.total else ():
+        if start >= run.total:
+            yield start_warning(key, keys[key], run.recipe.run.duration)
+
+
 def check_loss(run: RunRecord) -> Iterator[str]:
     name = "l1" if isinstance(run.recipe, DecoderRecipe) else "loss"  # stage 1's loss changes when its terms begin
     parts = _fifths(run.values(name))
@@ -281,8 +290,9 @@ def findings(run: RunRecord) -> list[str]:
     """What is wrong with a run, and what to do; empty where nothing is."""
     checks = [check_recipe, check_version, check_checkpoints, check_pointers, check_log]
     if run.recipe and not run.missing_state:
-        checks += [check_end, check_disk, check_encoder, check_autoencoder, check_warnings, check_finite, check_loss]
-        checks += [check_trivial, check_held_out, check_average, check_speed, check_images, check_game]
+        checks += [check_end, check_disk, check_encoder, check_autoencoder, check_warnings, check_starts]
+        checks += [check_finite, check_loss, check_trivial, check_held_out, check_average, check_speed, check_images]
+        checks += [check_game]
     return [finding for check in checks for finding in check(run)]
 
 

@@ -32,3 +32,11 @@ def in_images(duration: Duration, *, batch: int, epoch: int, total: int | None =
         raise ValueError(f"the length of a run cannot be {duration!r} of itself; give epochs, steps or images.")
     images = {"ep": epoch, "st": batch, "img": 1, "%": Fraction(total or 0, 100)}[unit]
     return int(Fraction(number) * {None: 1, "k": 1000, "M": 1000_000}[prefix] * images) // batch * batch
+
+
+def start_warning(key: str, start: Duration, duration: Duration) -> str:
+    """What to say of a part of the training, at this key of the recipe, whose start is not within the run's length."""
+    return (
+        f"{key}: {start} is not before the end of the run ({duration}): it will not begin.\nAn earlier start, or a "
+        "longer run.duration; a section that is left out needs no network."
+    )

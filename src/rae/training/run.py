@@ -22,7 +22,7 @@ from rae.data.order import batch_positions
 from rae.processes import accelerator
 from rae.training.checkpoint import checkpoints, keep_models, newest_checkpoint, read_state, save_checkpoint
 from rae.training.display import progress, save_sheet
-from rae.training.durations import Duration, in_images
+from rae.training.durations import Duration, in_images, start_warning
 from rae.training.optim import OptimizerConfig, learning_rate, schedule_warning
 from rae.training.run_folder import (
     TrainingError,
@@ -181,9 +181,7 @@ class Run:
         """
         start = self._starts[key] = in_images(duration, batch=self.config.batch, epoch=epoch, total=self.total)
         if start >= self.total:
-            self.warn(
-                f"{key}: {duration} is not before the end of the run ({self.config.duration}): it will not begin."
-            )
+            self.warn(start_warning(key, duration, self.config.duration))
         return start
 
     def positions(self) -> Iterator[range]:
