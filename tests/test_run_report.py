@@ -13,9 +13,12 @@ import yaml
 from tiny import adversarial, decoder_recipe
 
 from rae import RAE
+from rae.commands.cache import write_cache
 from rae.commands.run_checks import findings
 from rae.commands.run_record import read_run
 from rae.commands.run_report import by_time, facts, print_report
+from rae.data.latent_cache import open_cache
+from rae.data.latent_format import shard_path
 from rae.diffusion.flow import Flow
 from rae.evaluation.flow_loss import mean_trivial_loss
 from rae.training.decoder import train_decoder
@@ -351,6 +354,53 @@ def test_an_encoder_that_is_gone(decoder):
     config["encoder"]["source"] = f"folder:{decoder / 'gone'}"
     rewrite(model, json.dumps(config))
     assert re.search(r"its encoder is not here: .*gone.\n.*encoder.name=FOLDER", only(decoder))
+
+
+# --- images and latents ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["source", "held_out"])
+@pytest.mark.parametrize("stage", ["decoder", "dit"])
+def test_images_that_are_gone(stage, key, request, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    run = request.getfixturevalue(stage)
+    folder = tmp_path / "images"
+    change_recipe(run, **{f"data__{key}": str(folder), "run__duration": "9st"})
+    for there, told in ((None, "there is no such folder"), ("empty", "the folder is empty"), ("a.png", None)):
+        if there:
+            folder.mkdir(exist_ok=True)
+        if there == "a.png":
+            (folder / there).touch()
+        gone = [finding for finding in found(run) if finding.startswith(f"data.{key} {folder}: ")]
+        assert len(gone) == (told is not None)
+        assert not told or re.search(rf"{told}\.\nStart from the folder .*data\.{key}=", gone[0])
+    shutil.rmtree(folder)
+    change_recipe(run, run__duration="6st")
+    assert found(run) == []  # it is finished, and needs them no more
+    assert print_report(run) == 0
+    assert f"To train longer: data.{key} {folder}: there is no such folder." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [("gone.parquet", "no such file"), ("x-{000..003}.tar", "no such file, of 4"), ("hf:a/b", None), ("digits", None)],
+)
+def test_images_that_are_not_in_a_folder(decoder, source, told):
+    change_recipe(decoder, data__source=source, run__duration="9st")
+    assert [told in finding for finding in found(decoder) if finding.startswith("data.source")] == [True] * bool(told)
+
+
+def test_a_latent_cache_that_is_gone_or_another(dit, runs, tmp_path):
+    cache = write_cache(runs / "decoder", read_run(dit).recipe.data, tmp_path / "cache", batch=64)
+    change_recipe(dit, latents=str(cache), run__duration="9st")
+    change_state(dit, lambda state: state["identity"].update(cache=open_cache(cache).config.identity))
+    assert len(found(dit)) == 1  # it is not finished
+    change_state(dit, lambda state: state["identity"].update(cache="another"))
+    assert re.search(r"latents .*cache: it is the cache \w{12} now, not another\.\n`rae cache`", found(dit)[1])
+    shard_path(cache, 0).unlink()
+    assert re.search(r"latents .*cache: .*missing(.|\n)*latents=FOLDER", found(dit)[1])
+    shutil.rmtree(cache)
+    assert re.search(r"latents .*cache: .*(no cache\.json|not a latent cache)", found(dit)[1])
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------

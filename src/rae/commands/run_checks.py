@@ -17,7 +17,11 @@ from rae.autoencoder.baselines import is_baseline
 from rae.autoencoder.rae import RAEConfig, saved_latent_identity
 from rae.commands.autoencoder_of import is_downloaded, places_of
 from rae.commands.run_record import RunRecord
-from rae.config import read_json
+from rae.config import ConfigError, read_json
+from rae.data.folders import find_data_files
+from rae.data.images import PACKAGED, ImageError
+from rae.data.latent_cache import open_cache
+from rae.data.latent_format import CacheError
 from rae.diffusion.flow import Flow
 from rae.evaluation.flow_loss import mean_trivial_loss
 from rae.training.adversarial import health
@@ -172,6 +176,33 @@ def check_encoder(run: RunRecord) -> Iterator[str]:
         )
 
 
+def missing_data(run: RunRecord) -> Iterator[str]:
+    """Of what training reads, what is not there any more; of the hub's nothing is asked."""
+    data = run.recipe.data
+    for key, source in (("data.source", data.source), ("data.held_out", data.held_out)):
+        if isinstance(source, str) and (reason := _missing(source)):
+            yield (
+                f"{key} {source}: {reason}\nStart from the folder that the run was begun in, or give {key}=... behind "
+                "the training command; that they are the same images is compared."
+            )
+    if isinstance(run.recipe, DiTRecipe) and run.recipe.latents not in ("online", "memory"):
+        again = "`rae cache` writes it again, and latents=FOLDER takes it from elsewhere."
+        try:
+            found = open_cache(run.recipe.latents).config.identity
+        except (CacheError, ConfigError) as error:
+            yield f"latents {run.recipe.latents}: {error}\n{again}"
+        else:
+            begun = run.state["identity"].get("cache", found) if run.state else found
+            if found != begun:
+                yield f"latents {run.recipe.latents}: it is the cache {found[:12]} now, not {begun[:12]}.\n{again}"
+
+
+def check_data(run: RunRecord) -> Iterator[str]:
+    """A run that is finished needs none of it."""
+    if not run.finished:
+        yield from missing_data(run)
+
+
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
@@ -290,7 +321,7 @@ def findings(run: RunRecord) -> list[str]:
     """What is wrong with a run, and what to do; empty where nothing is."""
     checks = [check_recipe, check_version, check_checkpoints, check_pointers, check_log]
     if run.recipe and not run.missing_state:
-        checks += [check_end, check_disk, check_encoder, check_autoencoder, check_warnings, check_starts]
+        checks += [check_end, check_disk, check_encoder, check_autoencoder, check_data, check_warnings, check_starts]
         checks += [check_finite, check_loss, check_trivial, check_held_out, check_average, check_speed, check_images]
         checks += [check_game]
     return [finding for check in checks for finding in check(run)]
@@ -301,6 +332,21 @@ def findings(run: RunRecord) -> list[str]:
 
 def _flow(run: RunRecord) -> Flow:
     return Flow(**json.loads((run.intact[-1] / "model/config.json").read_text())["flow"])
+
+
+def _missing(source: str) -> str | None:
+    """Why there are no images at `source`; None where there is something, or where only the hub knows."""
+    if source in PACKAGED or source.startswith(("hf:", "hf-stream:")):
+        return None
+    path = Path(source)
+    try:
+        if path.is_file() or find_data_files(source):
+            return None
+    except (ImageError, OSError) as error:
+        return str(error)
+    if not path.is_dir():
+        return "there is no such folder."
+    return None if any(path.iterdir()) else "the folder is empty."
 
 
 def _fifths(values: list[float]) -> list[float]:

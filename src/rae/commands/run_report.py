@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from rae.commands.run_checks import findings
+from rae.commands.run_checks import findings, missing_data
 from rae.commands.run_record import RunRecord, read_run
 from rae.training.decoder import DecoderRecipe
 from rae.training.dit_recipe import DiTRecipe
@@ -39,10 +39,13 @@ def print_report(folder: Path) -> int:
         console.print(Text(f"{number}. {what}", "yellow"), soft_wrap=True)
         for line in rest:
             console.print(Text(f"   {line}"), soft_wrap=True)
-    if early := too_early(run):
-        console.print(Text(early, "yellow"), soft_wrap=True)
+    notes = [too_early(run)] if too_early(run) else []
+    if run.recipe and run.finished:
+        notes += [f"To train longer: {missing}" for missing in missing_data(run)]
+    for note in notes:
+        console.print(Text(note, "yellow"), soft_wrap=True)
     if not found:
-        console.print("Nothing else is wrong with it." if early else "Nothing is wrong with it.", style="green")
+        console.print("Nothing else is wrong with it." if notes else "Nothing is wrong with it.", style="green")
     return len(found)
 
 
