@@ -188,7 +188,7 @@ def test_encoder_that_cannot_be_reached(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--labels", "seven"], "class 'seven' is not among the 10 of this model; it knows 0, 1, 2"),
+        (["--labels", "seven"], "class 'seven' is not among the 10 of this model; it knows '0', '1', '2'"),
         (["--labels", ""], "class '' is not among the 10 of this model"),
         (["--labels", "10"], "class '10' is not among the 10 of this model; did you mean '1'?"),
         (["--cfg", 2, "--interval", 0.9, 0.1], "it must satisfy 0 <= t_min < t_max <= 1"),

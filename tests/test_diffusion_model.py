@@ -167,6 +167,31 @@ def test_what_it_knows_of_itself():
     assert model.label_indices(["bird", "cat"]).tolist() == model.label_indices(torch.tensor([2, 0])).tolist() == [2, 0]
 
 
+@pytest.mark.parametrize(
+    ("label", "hint"),
+    [
+        ("tench", "did you mean 'tench, Tinca tinca', index 0?"),
+        ("Tinca tinca", "did you mean 'tench, Tinca tinca', index 0?"),
+        ("tinch", "did you mean 'tench, Tinca tinca', index 0?"),
+        ("trench cot", "did you mean 'trench coat', index 2?"),
+        ("zzz", "it knows 'tench, Tinca tinca', 'goldfish', 'trench coat'; their indices 0..2 are taken as well."),
+    ],
+)
+def test_an_unknown_class_is_led_to_its_name_and_index(label, hint):
+    model = another(names=("tench, Tinca tinca", "goldfish", "trench coat"))
+    assert model.label_indices(["tench, Tinca tinca", "goldfish"]).tolist() == [0, 1]
+    with pytest.raises(ValueError, match=re.escape(f"class {label!r} is not among the 3 of this model; {hint}") + "$"):
+        model.label_indices([label])
+
+
+def test_where_names_are_numbers_no_index_is_offered():
+    model = another(names=("7", "8", "99"))
+    with pytest.raises(ValueError, match=r"it knows '7', '8', '99'\.$"):
+        model.label_indices(["2"])
+    with pytest.raises(ValueError, match=r"did you mean '99'\?$"):
+        model.label_indices(["999"])
+
+
 # --- starting from another model -------------------------------------------------------------------------------------
 
 

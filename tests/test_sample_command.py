@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from rae import RAE, DiffusionModel
 from rae.commands import sample, sample_folder
-from rae.commands.sample import choose_labels
+from rae.commands.sample import choose_labels, split_labels
 from rae.data.images import to_bytes
 from rae.diffusion.guidance import CFG
 from rae.diffusion.sampling import time_grid
@@ -202,7 +202,45 @@ def test_own_classes_by_name(runs, run, tmp_path):
     command = ["sample", tmp_path / "dit", "--autoencoder", runs / "decoder", "--steps", 2, "--out", tmp_path / "out"]
     output = run(*command, "--labels", "golden retriever, tench", "--num", 3)
     assert protocol(tmp_path / "out")["labels"] == [1, 0, 1]
-    assert "tench, golden retriever x 2" in output  # the rows of the overview, in the order of the classes
+    assert "'tench', 'golden retriever' x 2" in output  # the rows of the overview, in the order of the classes
+
+
+IMAGENET = ("tench, Tinca tinca", "goldfish, Carassius auratus", "crane", "crane, bird", "sax, saxophone")
+
+
+@pytest.mark.parametrize(
+    ("text", "asked"),
+    [
+        ("tench, Tinca tinca", ["tench, Tinca tinca"]),
+        ("tench,Tinca tinca ,1, crane", ["tench, Tinca tinca", 1, "crane"]),
+        ("crane, bird, crane, crane", ["crane, bird", "crane", "crane"]),  # the longest first
+        ("crane, goldfish, Carassius auratus", ["crane", "goldfish, Carassius auratus"]),
+        ("tench, 4", ["tench", 4]),  # not known, which is for label_indices to say
+        ("Tinca tinca, tench", ["Tinca tinca", "tench"]),
+        ("", [""]),
+        ("crane,", ["crane", ""]),
+    ],
+)
+def test_names_with_commas_are_asked_for_as_they_are(text, asked):
+    assert split_labels(text, IMAGENET) == asked
+
+
+def test_where_names_are_numbers_there_are_no_indices():
+    assert split_labels("1, 10,2", ("1", "2", "one, two")) == ["1", "10", "2"]
+    assert split_labels("1, 10", ()) == [1, 10]
+
+
+def test_imagenet_names_at_the_command(runs, run, refused, tmp_path):
+    shutil.copytree(runs / "dit/checkpoints/000000048/model", tmp_path / "dit")
+    path = tmp_path / "dit/config.json"
+    names = [*IMAGENET, *(f"breed {i}" for i in range(5))]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"class_names": names}))
+    command = ["sample", tmp_path / "dit", "--autoencoder", runs / "decoder", "--steps", 2, "--out", tmp_path / "out"]
+    assert "'tench, Tinca tinca', 'crane', 'crane, bird'" in run(
+        *command, "--labels", "2, tench, Tinca tinca, crane, bird"
+    )
+    assert protocol(tmp_path / "out")["labels"] == [2, 0, 3]
+    assert "did you mean 'tench, Tinca tinca', index 0?" in refused(*command, "--labels", "tench")
 
 
 # --- latents
@@ -386,7 +424,7 @@ def test_overview_shows_the_first_by_class_and_is_no_sample(runs, run, tmp_path)
     tiles = sheet.reshape(8, 16, 8, 16, 3).swapaxes(1, 2).reshape(64, 16, 16, 3)
     assert np.array_equal(tiles, samples[order])
     rows = output.split("out-overview.png, row by row:\n")[1].splitlines()[:8]
-    assert rows[:3] == ["  1 x 8", "  1 x 8", "  1 x 5, 4 x 3"]
+    assert rows[:3] == ["  '1' x 8", "  '1' x 8", "  '1' x 5, '4' x 3"]
     run("sample", runs / "dit", "--num", 10, "--steps", 2, "--out", tmp_path / "few")
     assert np.asarray(Image.open(tmp_path / "few-overview.png"))[16:, 32:].min() == 255  # no eleventh
 

@@ -143,8 +143,7 @@ def choose_labels(
     """One class index per image; the classes take turns, so any number of images is balanced to within one.
 
     Args:
-        labels: names or indices with commas between; None = all classes. Where a name is a number, names only: an
-            unknown one would otherwise be taken for the index of another class.
+        labels: names or indices with commas between, see `split_labels`; None = all classes.
         num: images in all; None = one for each of `labels`, or 16 without them.
         per_class: images of each class, in place of `num`.
         random_from: seed of the first image; then each class is drawn, from the seed of its image alone, so the images
@@ -158,16 +157,37 @@ def choose_labels(
         if labels is not None or per_class or random_from is not None:
             raise ValueError("this model is unconditional: it knows no classes; give --num alone.")
         return [model.null_label] * (num or 16)
-    names, classes, default = model.config.class_names or (), list(range(model.null_label)), 16
+    classes, default = list(range(model.null_label)), 16
     if labels is not None:
-        indices = not any(name.isdecimal() for name in names)
-        asked = [int(text) if indices and text.isdecimal() else text for text in map(str.strip, labels.split(","))]
+        asked = split_labels(labels, model.config.class_names or ())
         classes, default = [model.label_indices([label]).item() for label in asked], len(asked)
     count = per_class * len(classes) if per_class else num or default
     if random_from is None:
         return [classes[i % len(classes)] for i in range(count)]
     draws = (np.random.SeedSequence((_LABELS, random_from + i)).generate_state(1, np.uint64) for i in range(count))
     return [classes[int(draw[0]) % len(classes)] for draw in draws]
+
+
+def split_labels(text: str, names: Sequence[str]) -> list[str | int]:
+    """Class names and indices with commas between: "tench, Tinca tinca, 207" -> ["tench, Tinca tinca", 207].
+
+    Names may have commas of their own: at each place the longest known one is taken. What is not known stays, up to
+    its next comma, for `DiffusionModel.label_indices` to say. Where a name is a number there are no indices: an unknown
+    name would otherwise be taken for the index of another class.
+    """
+    indices, known = not any(map(str.isdecimal, names)), {tuple(_at_commas(name)): name for name in names}
+    asked, parts, longest = [], _at_commas(text), max(map(len, known), default=1)
+    while parts:
+        lengths = (n for n in range(min(longest, len(parts)), 0, -1) if tuple(parts[:n]) in known)
+        count = next(lengths, 0)
+        label = known[tuple(parts[:count])] if count else parts[0]
+        asked.append(int(label) if indices and not count and label.isdecimal() else label)
+        parts = parts[max(count, 1) :]
+    return asked
+
+
+def _at_commas(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
 
 
 # --- what cannot be is found before the work -------------------------------------------------------------------------
@@ -248,9 +268,9 @@ def _describe_job(job: dict[str, Any]) -> str:
 
 
 def _names(labels: Sequence[int], class_names: Sequence[str] | None) -> str:
-    """[7, 7, 1] -> "seven x 2, one"."""
+    """[7, 7, 1] -> "'seven' x 2, 'one'"; names may have commas, and be numbers."""
     counted = [(label, len(list(group))) for label, group in groupby(labels)]
-    names = [(class_names[label] if class_names else f"class {label}", count) for label, count in counted]
+    names = [(repr(class_names[label]) if class_names else f"class {label}", count) for label, count in counted]
     return ", ".join(f"{name} x {count}" if count > 1 else name for name, count in names)
 
 

@@ -91,7 +91,10 @@ class DiffusionModel(nn.Module):
         return self.network(x, t, y, dtype=self.dtype)
 
     def label_indices(self, labels: Sequence[int] | Sequence[str]) -> Tensor:
-        """Class names or indices -> indices [B]; an unknown one is an error that names the nearest."""
+        """Class names or indices -> indices [B]; an unknown one is an error that names the nearest.
+
+        A name is the whole of it ("tench, Tinca tinca"); what stands between its commas is offered in the error.
+        """
         names, classes = self.config.class_names, self.config.network.num_classes
         if classes == 0:
             raise ValueError("this model is unconditional: it knows no classes; give labels=None.")
@@ -103,9 +106,7 @@ class DiffusionModel(nn.Module):
                 if names is None:
                     raise ValueError(f"class {label!r}: this model has no class names; give indices 0..{classes - 1}.")
                 if label not in names:
-                    near = difflib.get_close_matches(label, names, n=1)
-                    hint = f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(names[:10])}."
-                    raise ValueError(f"class {label!r} is not among the {classes} of this model; {hint}")
+                    raise ValueError(f"class {label!r} is not among the {classes} of this model; {_hint(label, names)}")
                 label = names.index(label)
             if not 0 <= label < classes:
                 raise ValueError(f"class {label}: this model has {classes} classes, 0..{classes - 1}.")
@@ -223,6 +224,17 @@ class DiffusionModel(nn.Module):
             model = cls(config, dtype=dtype)
         model.network.load_state_dict(weights, assign=True)
         return model.requires_grad_(False)
+
+
+def _hint(label: str, names: Sequence[str]) -> str:
+    """The class that an unknown label may mean: one that has it as a synonym, else the most like it; and its index."""
+    numbers = {part.strip(): i for i, name in enumerate(names) for part in (name, *name.split(","))}
+    numbered = any(map(str.isdecimal, names))  # where names are numbers, an index is none
+    if near := [label] if label in numbers else difflib.get_close_matches(label, numbers, n=1):
+        number = numbers[near[0]]
+        return f"did you mean {names[number]!r}{'' if numbered else f', index {number}'}?"
+    known = ", ".join(map(repr, names[:10])) + ", ..." * (len(names) > 10)
+    return f"it knows {known}{'' if numbered else f'; their indices 0..{len(names) - 1} are taken as well'}."
 
 
 # --- starting from another model -------------------------------------------------------------------------------------
