@@ -27,6 +27,7 @@ $(VENV)/installed: pyproject.toml
 # Writes what is checked in of the commands' help and the recipes' keys.
 help: $(VENV)/installed
 	$(BIN)/python tests/test_cli.py > docs/help.txt
+	$(BIN)/python tests/test_reproduction.py
 	$(BIN)/python tests/test_docs.py
 
 clean:

@@ -75,7 +75,7 @@ def flops(subjects: tuple[str, ...], published: bool, **settings) -> None:
 @click.command()
 @click.argument("name")
 @click.option("--quick", is_flag=True, help="Few steps of everything: shows that it runs; never into results/.")
-@click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="How many, from 0.")
+@click.option("--seeds", type=click.IntRange(min=1), help="How many, from 0.  [default: the study's own, mostly 3]")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of rows and page. [default: results]")
 @click.option("--data", "source", metavar="SOURCE", help="Images in place of the study's own.")
 @click.option(
@@ -84,12 +84,16 @@ def flops(subjects: tuple[str, ...], published: bool, **settings) -> None:
     help="Folder for decoders, latents and models, which studies share. [default: experiments in the cache]",
 )
 @click.option(
-    "--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change the protocol; not with --out results."
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change the protocol; such rows need an --out of their own.",
 )
 def experiment(
     name: str,
     quick: bool,
-    seeds: int,
+    seeds: int | None,
     out: Path | None,
     source: str | None,
     work: Path | None,
