@@ -126,6 +126,27 @@ def test_stage2_is_bound_to_the_latents_it_belongs_to(tmp_path, encoder, decoder
     assert not (tmp_path / "bound").exists()
 
 
+def test_classes_are_named_by_a_file(tmp_path, encoder, decoder_file, refused, run):
+    weights = load_file(GOLDEN / "ditdh_qknorm" / "weights.safetensors")
+    count = len(weights["y_embedder.embedding_table.weight"]) - 1
+    torch.save(weights, tmp_path / "stage2.pt")
+    names = ["tench, Tinca tinca", *(f"breed {i}" for i in range(1, count))]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    command = ["convert", tmp_path / "stage2.pt", "--shift", 1, "--time-law", "uniform"]
+    output = run(*command, "--class-names", tmp_path / "names.txt", "--out", tmp_path / "named")
+    assert f"{count}, 'tench, Tinca tinca' ..." in output
+    model = DiffusionModel.from_pretrained(tmp_path / "named")
+    assert model.config.class_names == tuple(names)
+    assert model.label_indices(["tench, Tinca tinca", f"breed {count - 1}"]).tolist() == [0, count - 1]
+    assert f"{count}, without names" in run(*command, "--out", tmp_path / "plain")
+    (tmp_path / "names.json").write_text(json.dumps(names[1:]))
+    message = refused(*command, "--class-names", tmp_path / "names.json", "--out", tmp_path / "few")
+    assert f"names.json holds {count - 1} names, {tmp_path / 'stage2.pt'} has {count} classes" in message
+    assert not (tmp_path / "few").exists()
+    with pytest.raises(ConversionError, match="to which class_names does not apply"):
+        convert_rae(decoder_file, tmp_path / "rae", encoder, "none", class_names=tmp_path / "names.txt")
+
+
 @pytest.mark.parametrize(("shift", "warned"), [(1.0, False), (1.0005, False), (1.1, True), (6.928, True)])
 def test_the_shift_of_the_latents_stands_beside_the_one_given(tmp_path, monkeypatch, shift, warned):
     monkeypatch.chdir(tmp_path)

@@ -143,9 +143,11 @@ def test_files_of_an_older_torch_are_read(tmp_path, decoder_weights):
 # --- stage 2 ---------------------------------------------------------------------------------------------------------
 
 
-def test_ditdh_sizes_come_from_shapes_and_rotary_tables(save, ditdh_weights):
+def test_ditdh_sizes_come_from_shapes_and_rotary_tables(save, ditdh_weights, tmp_path):
     path = save({"model": ditdh_weights, "ema": ditdh_weights, "optimizer": {}})
-    model = convert_stage2(path, flow=FLOW, class_names=tuple("abcdefghij"))
+    (tmp_path / "names.txt").write_text("\n".join("abcdefghij"))
+    model = convert_stage2(path, flow=FLOW, class_names=tmp_path / "names.txt")
+    assert model.config.class_names == tuple("abcdefghij")
     config = model.config.network
     assert (config.width, config.heads, config.depth) == (32, 2, 2)
     assert (config.head_width, config.head_heads, config.head_depth) == (48, 3, 1)

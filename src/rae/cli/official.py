@@ -18,6 +18,7 @@ from rae.cli.options import Size
 @click.option("--shift", type=click.FloatRange(1), help="Stage 2: sqrt(C h w / 4096); 6.928 for DINOv2-B at 256.")
 @click.option("--time-law", type=click.Choice(["uniform", "logit-normal"]), help="Stage 2: of the training times.")
 @click.option("--autoencoder", help="Stage 2: the converted autoencoder whose latents it generates.")
+@click.option("--class-names", help="Stage 2: a file of its classes' names, one a line, or .json.")
 @click.option("--head-depth", type=click.IntRange(1), help="Stage 2: blocks of the head, if the widths do not tell.")
 def convert(file: Path, out: Path, **settings) -> None:
     """Turn a FILE of the authors (.pt) into a folder of ours.

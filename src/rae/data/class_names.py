@@ -1,7 +1,8 @@
-"""Names of classes from a file, for sources whose own are numbers or codes (n01440764)."""
+"""Names of classes from a file, for sources and models whose own are numbers or codes (n01440764)."""
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,33 @@ def name_classes(images: Images, file: str | Path, source: str) -> Images:
 
     Args:
         images: with classes.
+        file: see `read_class_names`; numbers count in the order of the classes.
+        source: what to call the images in an error.
+
+    Raises:
+        ImageError: images without classes; or as `read_class_names`.
+    """
+    where = f"data.class_names={file}"
+    if images.class_names is None:
+        raise ImageError(f"{where} names classes, and {source} has none: take the key out.")
+    names = read_class_names(file, images.class_names, where=where, whose=source)
+    return dataclasses.replace(images, class_names=names)  # whose identity is that of their numbers
+
+
+def read_class_names(file: str | Path, own: Sequence[str], *, where: str, whose: str) -> list[str]:
+    """The names that a file gives to classes, in their order.
+
+    Args:
         file: text with one name a line, or JSON (`.json`): a list of names, or an object from what the source calls a
             class, or its number, to its name (`{"n01440764": "tench"}`, which may know more classes than there are).
             Numbers, lines and lists count from 0 in the order of the classes; where the source calls all its classes
             by numbers, those are meant, since their order is that of text (0, 1, 10, 2).
-        source: what to call the images in an error.
+        own: what the source calls them.
+        where, whose: what to call the file and the source in an error.
 
     Raises:
-        ImageError: images without classes; a file that cannot be read, has too few or too many names, or gives two
-            classes the same.
+        ImageError: a file that cannot be read, has too few or too many names, or gives two classes the same.
     """
-    where, own = f"data.class_names={file}", images.class_names
-    if own is None:
-        raise ImageError(f"{where} names classes, and {source} has none: take the key out.")
     known, keys = _read(Path(file).expanduser(), where), own
     numbered = all(map(str.isdecimal, known))
     if numbered and not known.keys() >= {*own}:
@@ -34,7 +49,7 @@ def name_classes(images: Images, file: str | Path, source: str) -> Images:
     if missing or (numbered and len(known) > len(own)):
         which = f", and none of them for {missing[0]}" if missing else ""
         raise ImageError(
-            f"{where} holds {len(known)} names, {source} has {len(own)} classes{which}: give each class one."
+            f"{where} holds {len(known)} names, {whose} has {len(own)} classes{which}: give each class one."
         )
     names = {}  # and what the source calls them
     for name, key in zip(own, keys):
@@ -43,7 +58,7 @@ def name_classes(images: Images, file: str | Path, source: str) -> Images:
                 f"{where} calls both {names[known[key]]} and {name} {known[key]!r}: give each class a name of its own."
             )
         names[known[key]] = name
-    return dataclasses.replace(images, class_names=list(names))  # whose identity is that of their numbers
+    return list(names)
 
 
 def _read(path: Path, where: str) -> dict[str, str]:

@@ -1,23 +1,25 @@
 """`rae convert`: one of the authors' files in, a folder of ours out."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from safetensors import safe_open
 from torch import Tensor
 
-from rae.autoencoder.encoders import Encoder, load_encoder
+from rae.autoencoder.encoders import Encoder, EncoderConfig, load_encoder
 from rae.autoencoder.rae import RAE
+from rae.config import parse
 from rae.diffusion.flow import Flow
 from rae.diffusion.model import DiffusionModel
 from rae.interop.official import (
     ConversionError,
     StateDict,
     Weights,
-    check_statistics,
     convert_decoder,
     convert_stage2,
     read_file,
@@ -41,6 +43,7 @@ def convert(
     time_law: Literal["uniform", "logit-normal"] | None = None,
     autoencoder: str | Path | None = None,
     head_depth: int | None = None,
+    class_names: str | Path | None = None,
     console: Console | None = None,
 ) -> RAE | DiffusionModel:
     """Convert a decoder or autoencoder into an `RAE` folder, a stage-2 file into a `DiffusionModel` folder.
@@ -58,10 +61,13 @@ def convert(
         time_law: (stage 2) of training times, for training on. Sampling does not use it.
         autoencoder: (stage 2) the converted autoencoder whose latents it generates; None leaves the model unbound.
         head_depth: (stage 2) blocks of the head, if the widths do not tell.
+        class_names: (stage 2) file that names the classes in the order of their numbers, so that they can be asked for
+            by name; None: by number alone.
         console: where to report.
 
     Raises:
         ConversionError: a foreign or damaged file, or something that is needed and not given, or given and not used.
+        ImageError: class names that do not fit.
     """
     console, out = console or Console(), Path(out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -79,12 +85,13 @@ def convert(
                 flow=Flow(shift=shift, time_law=time_law),
                 weights=weights,
                 head_depth=head_depth,
+                class_names=class_names,
                 latent_identity=bound_to.latent_identity if bound_to else None,
             )
             if bound_to:
                 model.check_autoencoder(bound_to)
     else:
-        foreign = of_stage2 | {"autoencoder": autoencoder, "head_depth": head_depth}
+        foreign = of_stage2 | {"autoencoder": autoencoder, "head_depth": head_depth, "class_names": class_names}
         _check_given(path, kind, needed=of_decoder, foreign=foreign)
         with console.status(escape(f"converting {path}")):
             decoder = convert_decoder(path, weights=weights, heads=heads)
@@ -92,7 +99,7 @@ def convert(
         with console.status(escape(f"loading the encoder {encoder}")):
             network = load_encoder(encoder, image_size=image_size)
             if stats:
-                check_statistics(statistics, network)
+                _check_statistics(statistics, network)
             model = RAE(network, decoder, stats)
         if model.encoder.grid != decoder.config.grid:
             raise ConversionError(
@@ -155,6 +162,26 @@ def _check_encoder(state: StateDict, encoder: Encoder, path: str | Path) -> None
         )
 
 
+def _check_statistics(path: str | Path, encoder: Encoder) -> None:
+    """A file of `rae stats` names the encoder and sizes that it was taken with, which must be these; theirs do not."""
+    if Path(path).suffix != ".safetensors":
+        return
+    with safe_open(path, "pt") as file:
+        about = file.metadata() or {}
+    if "encoder" not in about:
+        return
+    theirs, name = parse(EncoderConfig, json.loads(about["encoder"]), str(path)), encoder.config.name
+    for key in ("image_size", "input_size"):
+        found, wanted = getattr(theirs, key), getattr(encoder.config, key)
+        if found != wanted:
+            raise ConversionError(f"{path} was taken with {key} {found}, {name} has {wanted} here; take the same.")
+    if about["encoder_checksum"] != encoder.checksum():
+        raise ConversionError(
+            f"{path} holds statistics of the encoder {theirs.name}, whose weights are not those of {name}: take them "
+            f"again, `rae stats {name} IMAGES`."
+        )
+
+
 def _digest(tensor: Tensor) -> bytes:
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).digest()
 
@@ -178,6 +205,8 @@ def _summary(path: str | Path, kind: Kind, model: RAE | DiffusionModel, out: Pat
         table.add_row(
             "shift", f"{model.flow.shift:.4f}, where sqrt(C h w / 4096), at least 1, is {_usual_shift(model):.4f}"
         )
+        names, classes = model.config.class_names, model.config.network.num_classes
+        table.add_row("classes", f"{classes:,}, " + (escape(f"{names[0]!r} ...") if names else "without names"))
         table.add_row("bound to latents", identity[:12] if identity else "none: it takes any of this shape")
     for file in sorted(p for p in out.rglob("*") if p.is_file()):
         table.add_row(str(file.relative_to(out)), f"{file.stat().st_size / 2**20:.1f} MiB")

@@ -13,7 +13,6 @@ never guessed. A missing, unexpected or misshapen key is an error. This is the o
 `weights_only=True`, so that opening a file runs none of its code. The same tensors as safetensors are read as well.
 """
 
-import json
 import math
 import pickle
 import re
@@ -23,14 +22,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rae.autoencoder.decoder import DECODERS, Decoder, DecoderConfig
-from rae.autoencoder.encoders import Encoder, EncoderConfig
 from rae.autoencoder.latents import LatentStats
 from rae.config import parse
+from rae.data.class_names import read_class_names
 from rae.diffusion.dit import rotary_angles
 from rae.diffusion.flow import Flow
 from rae.diffusion.model import DiffusionModel, DiffusionModelConfig
@@ -168,30 +166,6 @@ def read_statistics(path: str | Path) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def check_statistics(path: str | Path, encoder: Encoder) -> None:
-    """Refuse a file of `rae stats` that was taken with another encoder or other sizes; theirs do not say with which.
-
-    Raises:
-        ConversionError: it was.
-    """
-    if Path(path).suffix != ".safetensors":
-        return
-    with safe_open(path, "pt") as file:
-        about = file.metadata() or {}
-    if "encoder" not in about:
-        return
-    theirs, name = parse(EncoderConfig, json.loads(about["encoder"]), str(path)), encoder.config.name
-    for key in ("image_size", "input_size"):
-        found, wanted = getattr(theirs, key), getattr(encoder.config, key)
-        if found != wanted:
-            raise ConversionError(f"{path} was taken with {key} {found}, {name} has {wanted} here; take the same.")
-    if about["encoder_checksum"] != encoder.checksum():
-        raise ConversionError(
-            f"{path} holds statistics of the encoder {theirs.name}, whose weights are not those of {name}: take them "
-            f"again, `rae stats {name} IMAGES`."
-        )
-
-
 def running_statistics(processes: Sequence[Iterable[Tensor]], momentum: float = 0.1) -> tuple[Tensor, Tensor]:
     """Latent statistics as the authors' script makes them, to compare with a published stat.pt.
 
@@ -282,7 +256,7 @@ def convert_stage2(
     head_depth: int | None = None,
     mlp_ratio: float = 4.0,
     latent_identity: str | None = None,
-    class_names: tuple[str, ...] | None = None,
+    class_names: str | Path | None = None,
 ) -> DiffusionModel:
     """A published DiT or DiT-DH.
 
@@ -295,10 +269,11 @@ def convert_stage2(
         head_depth: blocks of a DiT-DH's head; needed only if it is as wide as the rest.
         mlp_ratio: 4 in every published model.
         latent_identity: `RAE.latent_identity` of the autoencoder it belongs to.
-        class_names: one per class.
+        class_names: file that names the classes in the order of their numbers (`read_class_names`); None: no names.
 
     Raises:
         ConversionError: see the module.
+        ImageError: names that do not fit.
     """
     state = read_weights(path, weights)
     is_dh = "s_embedder.proj.weight" in state
@@ -322,6 +297,10 @@ def convert_stage2(
         depth -= head_depth
         head_heads = _pop_heads(state, "dec_feat_rope", head_width, token_grid, path)
         head = {"head_width": head_width, "head_heads": head_heads, "head_depth": head_depth}
+    num_classes = _shape(state, "y_embedder.embedding_table.weight", 2, path)[0] - 1
+    names = class_names and read_class_names(
+        class_names, [*map(str, range(num_classes))], where=str(class_names), whose=str(path)
+    )
     network = {
         "kind": "dit-dh" if is_dh else "dit",
         "in_channels": in_channels,
@@ -330,13 +309,13 @@ def convert_stage2(
         "width": width,
         "heads": _pop_heads(state, "enc_feat_rope" if is_dh else "feat_rope", width, token_grid, path),
         "depth": depth,
-        "num_classes": _shape(state, "y_embedder.embedding_table.weight", 2, path)[0] - 1,
+        "num_classes": num_classes,
         "mlp_ratio": mlp_ratio,
         "qk_norm": "blocks.0.attn.q_norm.weight" in state,
         "allow_narrow": (head_width if is_dh else width) < in_channels * patch_size**2,  # it exists, whatever its width
         **head,
     }
-    config = {"network": network, "flow": flow, "latent_identity": latent_identity, "class_names": class_names}
+    config = {"network": network, "flow": flow, "latent_identity": latent_identity, "class_names": names}
     model = DiffusionModel(parse(DiffusionModelConfig, config, str(path)))
     _load(model.network, state, DITDH_KEYS if is_dh else DIT_KEYS, path, head_start=depth)
     return model.requires_grad_(False)
