@@ -240,5 +240,5 @@ def _optim(name: str, lr: float, ema: float, clip: float | None = None) -> dict[
 
 def _run(steps: int, batch: int, precision: str = "bf16") -> dict[str, Any]:
     # all four checkpoints stay: the first one is AutoGuidance's weak model
-    intervals = {"log_every": "1%", "evaluate_every": "10%", "save_every": "25%", "keep": 4}
+    intervals = {"log_every": "1%", "evaluate_every": "25%", "save_every": "25%", "keep": 4}
     return {"duration": f"{steps}st", "batch": batch, "precision": precision, **intervals}
