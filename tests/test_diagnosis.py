@@ -27,7 +27,8 @@ def settings(network: dict | None = None, shift: float = 1.0, prediction: str = 
 def said(config: DiffusionModelConfig, z: torch.Tensor | None = None, **changes) -> list[str]:
     run = {"standardised": True, "steps": 1000, "warmup": 50}
     optim = OptimizerConfig(**{"lr": 1e-3} | changes.pop("optim", {}))
-    found = check_settings(config, optim, latent_moments(latents() if z is None else z), **run | changes)
+    z = latents() if z is None else z
+    found = check_settings(config, optim, latent_moments(z), len(z), **run | changes)
     return list(found.values())
 
 
@@ -93,6 +94,13 @@ def test_channels_that_are_wrong_in_turn_are_found_though_the_mean_square_is_rig
     assert "statistics do not fit these images" in message
     with pytest.raises(ConfigError, match=r"mean square of the latents is 5\."):
         said(settings(), latents() / swing)
+
+
+def test_too_few_latents_to_refuse_by_are_a_warning():
+    (message,) = said(settings(), latents(scale=3.0)[:7])
+    assert "statistics do not fit these images" in message
+    with pytest.raises(ConfigError, match="mean square of the latents is"):
+        said(settings(), latents(scale=3.0))
 
 
 def test_train_dit_refuses_foreign_statistics_before_it_trains(runs, refused, tmp_path):

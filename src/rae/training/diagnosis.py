@@ -18,6 +18,7 @@ SOON, PATIENCE = 100, 1000  # steps, fewest and usual, before a loss is judged
 LAG = 1.1  # times the online weights' held-out loss: an average that has this much lags behind
 LARGE_STEP = 0.3  # of a weight's first size
 OTHER_IMAGES = 0.2  # `channel_distance` of latents from which statistics are said to be of other images
+FEW = 8  # images from which on statistics are refused; a single one can have a mean square of 5.5 by right ones
 FOREIGN = 4  # times or part of the mean square that latents should have: their size is off by two
 
 
@@ -25,6 +26,7 @@ def check_settings(
     config: DiffusionModelConfig,
     optim: OptimizerConfig,
     moments: LatentMoments,
+    images: int,
     *,
     standardised: bool | None,
     steps: int,
@@ -35,17 +37,19 @@ def check_settings(
     Args:
         config: of the model.
         optim: how it is trained.
-        moments: of the first `LOOK` latents.
+        moments: of some latents, `LOOK` of them where there are as many images.
+        images: how many these are.
         standardised: whether the autoencoder has latent statistics; None for one that has no use for them.
         steps: of the whole run.
         warmup: steps of the warm-up.
 
     Raises:
-        ConfigError: the autoencoder's statistics are foreign (`channel_distance`); nothing else ends a run.
+        ConfigError: the autoencoder's statistics are foreign (`channel_distance`), by `FEW` images or more; nothing
+            else ends a run.
     """
     found = {
         "shift": _shift(config),
-        "statistics": None if standardised is None else _statistics(moments, standardised),
+        "statistics": None if standardised is None else _statistics(moments, images, standardised),
         "width": _width(config, moments),
         "learning_rate": _learning_rate(config, optim),
         "warmup": _warmup(optim, steps, warmup),
@@ -191,7 +195,7 @@ def channel_distance(moments: LatentMoments) -> float:
     return (moments.mean.square() + (moments.variance.sqrt() - 1).square()).mean().item()
 
 
-def _statistics(moments: LatentMoments, standardised: bool) -> str | None:
+def _statistics(moments: LatentMoments, images: int, standardised: bool) -> str | None:
     mean, std = moments.mean.abs().max(), moments.variance.sqrt()
     if not standardised:
         return (
@@ -204,7 +208,7 @@ def _statistics(moments: LatentMoments, standardised: bool) -> str | None:
         "of the authors takes those of `rae stats`, by `rae convert --statistics`."
     )
     power = (moments.variance + moments.mean.square()).mean().item()
-    if not 1 / FOREIGN <= power <= FOREIGN:
+    if not 1 / FOREIGN <= power <= FOREIGN and images >= FEW:
         raise ConfigError(
             f"the mean square of the latents is {power:.3g}, in place of 1 ({1 / FOREIGN:g} to {FOREIGN:g} is taken): "
             "the autoencoder's statistics are of another encoder, damaged, or of images that have nothing in common "

@@ -116,7 +116,7 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
                 return
             if held_out:
                 count = min(len(held_out), recipe.run.evaluate_images)
-                kept_back = _held_out(recipe, rae, held_out, count, run.leave_out)
+                kept_back = _held_out(recipe, rae, held_out, range(count), run.leave_out)
                 found = loss_by_time(ema, kept_back, count=count, seed=_FIXED, online=model)
                 run.judge(best_by="held_out_loss", **found.figures(config, moments))
                 run.tell(ema=health.of_average(found, run.step))
@@ -135,7 +135,7 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
         standardised = rae.latent_mean is not None if isinstance(rae, RAE) else None
         schedule = {"steps": run.total // recipe.run.batch, "warmup": run.warmup("optim")}
         health = Health.of(config, moments, decay=recipe.optim.ema[0], **schedule)
-        doubts = check_settings(config, recipe.optim, moments, standardised=standardised, **schedule)
+        doubts = check_settings(config, recipe.optim, moments, len(first), standardised=standardised, **schedule)
         run.begin(_describe_rounding(**rounding) if rounding else None)
         if rounding:
             run.note("encoder", **rounding)
@@ -220,11 +220,11 @@ def _latents(
 
 
 def _held_out(
-    recipe: DiTRecipe, rae: Autoencoder, images: Images, count: int, left_out: Callable[[str], object]
+    recipe: DiTRecipe, rae: Autoencoder, images: Images, which: range, left_out: Callable[[str], object]
 ) -> Iterator[Batch]:
-    """Latents, labels and numbers of the first `count` images, no label dropped."""
+    """Latents, labels and numbers of these images, no label dropped."""
     device = next(rae.decoder.parameters()).device
-    for batch in readable(images, recipe.data, rae.image_size, range(count), batch=64, left_out=left_out):
+    for batch in readable(images, recipe.data, rae.image_size, which, batch=64, left_out=left_out):
         labels = batch["label"].to(device)
         if recipe.network.unconditional:
             labels = torch.zeros_like(labels)  # the null label of a model without classes
@@ -232,12 +232,15 @@ def _held_out(
 
 
 def _first_latents(recipe: DiTRecipe, rae: Autoencoder, images: Images) -> torch.Tensor:
-    """The first few latents, by which settings and losses are judged."""
+    """Some latents of images spread evenly over all, which may lie class by class: settings and losses are judged by
+    them."""
     count = min(len(images), LOOK)
-    for latents, _, _ in _held_out(recipe, rae, images, count, lambda _: None):
+    stride = len(images) // count
+    which = range(0, count * stride, stride)
+    for latents, _, _ in _held_out(recipe, rae, images, which, lambda _: None):
         return latents
     raise ImageError(
-        f"none of the first {count} images can be read; the first is {images.names[0]}. Replace or remove them."
+        f"none of {count} images that were tried can be read; the first is {images.names[0]}. Replace or remove them."
     )
 
 

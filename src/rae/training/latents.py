@@ -174,7 +174,7 @@ def stored_latents(folder: str | Path, rae: Autoencoder, images: Images, data: D
     """The latents of a run, from a cache on the disk.
 
     Raises:
-        ConfigError: no such folder; random crops, which have no end; or its cache.json is damaged.
+        ConfigError: no such folder; or random crops, which have no end.
         CacheError: there is no cache in it, it is damaged, or it is of another autoencoder or of other images.
     """
     check_crop("latents", data, str(folder))
