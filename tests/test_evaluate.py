@@ -113,17 +113,32 @@ def test_any_batch_gives_the_same_figures(whole, small_chunks, sets, look, run, 
     assert len(list((tmp_path / "out/features").rglob("*.safetensors"))) == 3  # chunks of 8, 8 and 5
 
 
-def test_any_order_gives_the_same_figures(whole, sets, look, run, tmp_path):
-    for i, file in enumerate(sorted(sets[0].iterdir())):
-        image = Image.open(file)
-        (tmp_path / "turned").mkdir(exist_ok=True)
-        image.save(tmp_path / f"turned/{99 - i}.png")
-    run("evaluate", tmp_path / "turned", "--reference", sets[1], *look, "--out", tmp_path / "out")
-    found = values(tmp_path / "out")
-    independent = set(METRICS) - {"frechet_infinite"}  # which divides the images into parts
-    assert {name: found[name] for name in independent} == pytest.approx(
-        {name: whole[name] for name in independent}, rel=1e-6
+def turned(folder: Path, out: Path, suffix: str) -> Path:
+    """The same pixels in other files, the last image first."""
+    out.mkdir(parents=True)
+    for i, file in enumerate(sorted(folder.iterdir())):
+        Image.open(file).save(out / f"{99 - i}{suffix}")
+    return out
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp"])
+def test_any_order_gives_the_same_figures_and_errors(whole, sets, look, run, tmp_path, suffix):
+    others = [turned(folder, tmp_path / folder.name, suffix) for folder in sets]
+    run("evaluate", others[0], "--reference", others[1], *look, "--out", tmp_path / "out")
+    assert values(tmp_path / "out") == pytest.approx(whole, rel=1e-6)
+    found, expected = (
+        {name: figure["error"] for name, figure in figures(tmp_path / out).items()} for out in ("out", "whole")
     )
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_features_without_digests_are_refused(whole, sets, look, run, refused, tmp_path):
+    (about,) = (tmp_path / "whole/features").rglob("features.json")
+    said = json.loads(about.read_text())
+    del said["digests"]  # as of earlier versions
+    about.write_text(json.dumps(said))
+    told = refused("evaluate", sets[0], "--reference", sets[1], *look, "--out", tmp_path / "whole")
+    assert "digests: None -> SHA-256" in told
 
 
 def test_two_processes_give_the_same_figures(whole, sets, look, tmp_path):

@@ -9,11 +9,14 @@ from safetensors.torch import load_file, save_file
 
 from rae.evaluation.reference import (
     Classes,
+    FeatureSet,
     Gaussian,
     ReferenceError,
+    by_digest,
     collect,
     is_adm_reference,
     load_reference,
+    pixel_digests,
     read_adm_reference,
     save_reference,
 )
@@ -67,6 +70,27 @@ def test_kept_rows_are_drawn_evenly_and_always_the_same():
     counts = kept.div(500, rounding_mode="floor").long().bincount()  # of each quarter: 125, standard deviation 8
     assert ((counts - 125).abs() < 40).all()
     assert one.moments["features"].mean[0] == 999.5  # of all
+
+
+def test_digests_tell_images_and_their_shapes():
+    images = torch.arange(96, dtype=torch.uint8).reshape(2, 3, 2, 8)
+    found = pixel_digests(images)
+    assert found.dtype == torch.int64
+    assert torch.equal(found.flip(0), pixel_digests(images.flip(0)))
+    different = {*found.tolist(), *pixel_digests(images.reshape(2, 3, 4, 4)).tolist()}
+    assert len(different) == 4
+
+
+def test_rows_by_digest_know_no_order():
+    digests, labels = torch.tensor([7, -3, 7, 5]), torch.tensor([1, 0, 0, 1])
+    rows = {"features": torch.arange(4.0)[:, None], "digests": digests}
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]):
+        given = {kind: values[order] for kind, values in rows.items()}
+        found = by_digest(FeatureSet(4, given, {}, Classes(labels[order], ["a", "b"])))
+        assert found.rows["features"].flatten().tolist() == [1, 3, 2, 0]  # copies by their labels
+        assert found.classes.labels.tolist() == [0, 1, 0, 1]
+    earlier = FeatureSet(4, {"features": rows["features"]}, {})
+    assert by_digest(earlier) is earlier
 
 
 def test_parts_without_images_are_passed_over():

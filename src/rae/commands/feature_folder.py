@@ -20,7 +20,7 @@ from rae.commands.pictures import OutputError, claim
 from rae.data.image_set import ImageError, Images
 from rae.data.images import DataConfig, Views, read, readable
 from rae.evaluation.features import Extractor
-from rae.evaluation.reference import FeatureSet, collect
+from rae.evaluation.reference import DIGESTS, FeatureSet, collect, pixel_digests
 from rae.folders import aside
 from rae.processes import process_state
 from rae.training.display import progress
@@ -78,6 +78,7 @@ def write_features(
     chunks = [range(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)]
     if state.is_main_process:
         about = {"images": len(images), "identity": images.identity, "size": list(size), "crop": crop}
+        about[DIGESTS] = "SHA-256"  # of pixels; features of earlier versions lie without
         for name, extractor in extractors.items():
             claim(_place(folder, name), "features.json", about | {"extractor": extractor.describe()})
     state.wait_for_everyone()
@@ -92,7 +93,7 @@ def write_features(
                 for name, extractor in extractors.items():
                     found = extractor(part["image"].to(state.device))
                     found = {kind: values.float().cpu() for kind, values in found.items()}
-                    parts[name].append(found | {"index": part["index"]})
+                    parts[name].append(found | {"index": part["index"], DIGESTS: pixel_digests(part["image"])})
                 done += len(part["image"])
                 advance(done, "")
             for name, found in parts.items():

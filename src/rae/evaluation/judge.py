@@ -15,7 +15,7 @@ from rae.evaluation.kernel_distance import kernel_distance
 from rae.evaluation.lpips import LPIPS
 from rae.evaluation.manifold import manifold, overlap
 from rae.evaluation.reconstruction import WINDOW, psnr, ssim
-from rae.evaluation.reference import FeatureSet
+from rae.evaluation.reference import FeatureSet, by_digest
 from rae.evaluation.uncertainty import Measured, measured_mean
 
 INCEPTION = "inception"
@@ -41,7 +41,7 @@ class Figure(NamedTuple):
 
 
 def judge(samples: FeatureSet, reference: FeatureSet, extractor: str) -> dict[str, Figure]:
-    """Figures of samples against a reference, by the features of one extractor.
+    """Figures of samples against a reference, by the features of one extractor, whatever order the images are in.
 
     Args:
         samples: with all rows. Class agreement is of samples with the classes of the reference only.
@@ -54,12 +54,13 @@ def judge(samples: FeatureSet, reference: FeatureSet, extractor: str) -> dict[st
     Raises:
         ValueError: too few images for a metric, other dimensions, features that are not finite.
     """
+    samples, reference = by_digest(samples), by_digest(reference)
     rows, known = samples.rows["features"], reference.rows["features"]
     of = "images of a number not known" if reference.count is None else f"{reference.count:,} images"
     against, among = f"{len(rows):,} images against {of}", f"{len(rows):,} images against {len(known):,}"
     short, suffix = ("FID", "") if extractor == INCEPTION else ("FD", f" ({extractor})")
     distance = frechet_to_infinity(rows, normal(*reference.moments["features"]))
-    line = f"{against}; by the line through N, N / 2 and N / 4 of them"
+    line = f"{against}; by the line through N, N / 2 and N / 4 of them, divided by digest"
     figures = {
         "frechet": _figure(f"{short}{suffix}", distance.finite, "lower", against),
         "frechet_infinite": _figure(f"{short} of infinitely many{suffix}", distance.infinite, "lower", line),
@@ -80,7 +81,7 @@ def judge(samples: FeatureSet, reference: FeatureSet, extractor: str) -> dict[st
             how = f"{among}, k = {NEIGHBOURS}; of real images among each other {among_real.value:.3f}"
             figures["class_agreement"] = _figure(f"class agreement{suffix}", agreement, "higher", how)
     if extractor == INCEPTION:
-        split = f"splits of {SPLIT:,}" if len(rows) > SPLIT else "all together"
+        split = f"splits of {SPLIT:,} by digest" if len(rows) > SPLIT else "all together"
         score = inception_score(samples.rows["logits"])
         if moments := reference.moments.get("spatial"):
             spatial = frechet_measured(samples.rows["spatial"], normal(*moments))

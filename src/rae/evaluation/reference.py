@@ -5,6 +5,7 @@ features of N images --collect--> mean and covariance of all of them, rows of at
 A reference says of which images it is, at what size, and by which extractor; figures against another one's are refused.
 """
 
+import dataclasses
 import hashlib
 import json
 import zipfile
@@ -27,6 +28,7 @@ from rae.evaluation.frechet import Moments
 from rae.folders import aside
 
 KEEP = 10_000  # rows of a reference: as many as ADM's has, for the metrics that compare images one by one
+DIGESTS = "digests"  # the kind of row that tells which image it is of
 SUMMED = ("features", "spatial")  # kinds of features of which mean and covariance are taken
 ADM = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # their names in ADM's files
 
@@ -55,7 +57,8 @@ class FeatureSet:
 
     Attributes:
         count: N, images in all; None where a file does not tell.
-        rows: kind of features ("features"; of Inception also "spatial", "logits") => [K,d] float32, of K of the images.
+        rows: kind of features ("features"; of Inception also "spatial", "logits") => [K,d] float32, of K of the images;
+            and `DIGESTS` => [K] int64, see `pixel_digests`, which files of earlier versions lack.
         moments: kind => mean and covariance over all N.
         classes: of these K; None where they have none.
     """
@@ -90,6 +93,27 @@ class ReferenceAbout(Config):
     extractors: dict[str, dict[str, Any]]
     class_names: list[str] | None = None
     sha256: str
+
+
+def pixel_digests(images: Tensor) -> Tensor:
+    """64 bits of the SHA-256 of each image as extractors see it: uint8 [B,3,H,W] on the CPU -> int64 [B]."""
+    contents = (hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest() for image in images.numpy())
+    return torch.tensor([int.from_bytes(content[:8], "big", signed=True) for content in contents])
+
+
+def by_digest(found: FeatureSet) -> FeatureSet:
+    """The same with its rows in the order of the images' digests, copies by their labels.
+
+    Whatever divides the images at random divides them by their places: so these know nothing of the order or the files
+    that the images came in. A set without digests, of an earlier version's file, stays as it is.
+    """
+    if DIGESTS not in found.rows:
+        return found
+    digests, classes = found.rows[DIGESTS], found.classes
+    labels = classes.labels if classes else torch.zeros_like(digests)
+    order = torch.from_numpy(np.lexsort((labels.numpy(), digests.numpy())))
+    rows = {kind: values[order] for kind, values in found.rows.items()}
+    return dataclasses.replace(found, rows=rows, classes=classes and Classes(labels[order], classes.names))
 
 
 def kept_rows(count: int, keep: int | None) -> np.ndarray:
