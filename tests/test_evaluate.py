@@ -314,7 +314,9 @@ def test_whose_images_the_reference_holds(runs, look, run, tmp_path):
     assert found == "training and held-out images"
     assert "published rFID" not in told
     other = save_images(tmp_path / "other", 20, seed=0, size=(16, 16))
-    assert role(runs / "decoder", other)[0] == "unknown"
+    found, told = role(runs / "decoder", other)
+    assert found == "unknown"
+    assert "whether this autoencoder saw the reference's images is not known" in told
 
 
 def test_the_role_of_images_is_told_by_their_identity(tmp_path):
@@ -383,6 +385,23 @@ def test_the_first_images_of_some_classes_only_are_flagged(look, run, tmp_path):
 # --- bad input
 
 
+def test_features_that_are_not_finite_are_named(small_chunks, encoder, sets, look, refused, tmp_path, monkeypatch):
+    inner = open_extractor(str(encoder), input_size=16)
+    real, bad = inner.forward, to_tensor(open_images(sets[0])[18][0])
+
+    def forward(images):
+        found = real(images)
+        found["features"][(images == bad).flatten(1).all(1), 3] = torch.nan
+        return found
+
+    inner.forward = forward
+    monkeypatch.setattr(look_module, "open_extractor", lambda name, **_: inner)
+    told = refused("evaluate", sets[0], "--reference", sets[1], *look, "--batch", 4, "--out", tmp_path / "out")
+    said = f"018.png (image 18 of 21, counted from 0): its features by {encoder} are not finite, those of 1 of 4 images"
+    assert said in " ".join(told.split())
+    assert len(list((tmp_path / "out/features").rglob("*.safetensors"))) == 2  # those before it: nothing of its chunk
+
+
 def test_mixed_sizes(sets, look, refused, run, tmp_path):
     mixed = save_images(tmp_path / "mixed", 10, seed=0)
     Image.new("RGB", (30, 30)).save(mixed / "odd.png")
@@ -441,6 +460,20 @@ def test_the_same_images_twice_are_flagged(sets, look, run, tmp_path):
     output = run("evaluate", sets[1], "--reference", sets[1], *look, "--out", tmp_path / "out")
     assert "subject and reference are the same images" in output
     assert values(tmp_path / "out")["frechet"] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_same_images_in_other_files_are_flagged(sets, look, run, tmp_path):
+    other = turned(sets[1], tmp_path / "other", ".bmp")
+    said = "subject and reference are the same images"
+    assert said in run("evaluate", other, "--reference", sets[1], *look, "--out", tmp_path / "out")
+    (other / "99.bmp").unlink()
+    run("reference", other, *look, "--out", tmp_path / "r.safetensors")
+    for reference, out in ((other, "images"), (tmp_path / "r.safetensors", "file")):
+        told = run("evaluate", sets[1], "--reference", reference, *look, "--out", tmp_path / out)
+        assert "25 of the subject's 26 images are also in the reference" in told
+        assert said not in told
+    told = run("evaluate", sets[0], "--reference", sets[1], *look, "--out", tmp_path / "different")
+    assert "images are also in" not in told
 
 
 def test_jpeg_files_are_flagged(sets, look, run, tmp_path):

@@ -117,6 +117,10 @@ def test_errors_carry_the_numbers():
         moments.update(torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"of 1 of 2 images are not finite \(first: 1\)"):
         moments.update(torch.tensor([[0.0] * 4, [float("nan")] * 4]))
+    later = Moments(4)
+    later.update(torch.zeros(512, 4))
+    with pytest.raises(ValueError, match=r"of 1 of 3 images are not finite \(first: 514 of all\); look at"):
+        later.update(torch.tensor([[0.0] * 4, [0.0] * 4, [float("inf")] * 4]))
     with pytest.raises(ValueError, match="has 0"):
         _ = moments.covariance
     with pytest.raises(ValueError, match="dimension 3 into 4"):

@@ -73,6 +73,7 @@ def write_features(
     Raises:
         ImageError: an image of another size, or one that cannot be read.
         OutputError: the folder holds features of other images or of another extractor.
+        FloatingPointError: features that are not finite.
     """
     state = process_state()
     chunks = [range(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)]
@@ -93,6 +94,7 @@ def write_features(
                 for name, extractor in extractors.items():
                     found = extractor(part["image"].to(state.device))
                     found = {kind: values.float().cpu() for kind, values in found.items()}
+                    _check_finite(found, name, images, part["index"].tolist())
                     parts[name].append(found | {"index": part["index"], DIGESTS: pixel_digests(part["image"])})
                 done += len(part["image"])
                 advance(done, "")
@@ -113,6 +115,17 @@ def read_features(folder: Path, name: str, keep: int | None = None) -> tuple[Fea
     numbers = [index for file in files for index in _load(file)["index"].tolist()]
     parts = ({kind: values for kind, values in _load(file).items() if kind != "index"} for file in files)
     return collect(parts, len(numbers), keep), numbers
+
+
+def _check_finite(found: Mapping[str, Tensor], name: str, images: Images, numbers: Sequence[int]) -> None:
+    for kind, values in found.items():
+        bad = [n for n, finite in zip(numbers, values.isfinite().flatten(1).all(1).tolist()) if not finite]
+        if bad:
+            raise FloatingPointError(
+                f"{images.names[bad[0]]} (image {bad[0]:,} of {len(images):,}, counted from 0): its {kind} by {name} "
+                f"are not finite, those of {len(bad)} of {len(numbers)} images of this batch. If these are all, look "
+                f"at the weights of {name}; otherwise at the image, and take it out."
+            )
 
 
 def _place(folder: Path, name: str) -> Path:

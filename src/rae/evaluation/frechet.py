@@ -43,7 +43,10 @@ class Moments:
             raise ValueError(f"features are [B, {len(self.mean)}] here, got {list(features.shape)}.")
         if not features.isfinite().all():
             rows = (~features.isfinite()).any(1).nonzero().flatten().tolist()
-            raise ValueError(f"features of {len(rows)} of {len(features)} images are not finite (first: {rows[0]}).")
+            raise ValueError(
+                f"features of {len(rows)} of {len(features)} images are not finite (first: {self.count + rows[0]}"
+                f"{' of all' if self.count else ''}); look at these images, and compute features in float32."
+            )
         for part in features.detach().split(ROWS) if len(features) else ():
             part = part.to("cpu", torch.float64)
             mean = part.mean(0)
