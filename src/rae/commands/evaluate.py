@@ -22,7 +22,16 @@ from rae.commands.feature_folder import size_of
 from rae.commands.look import Features, Look, look_at, open_extractors, say
 from rae.commands.pictures import OutputError, check_file
 from rae.commands.reconstruct import write_reconstructions
-from rae.commands.reference import BOTH, TRAINED, UNKNOWN, Reference, check_size, open_reference, role_of
+from rae.commands.reference import (
+    BOTH,
+    TRAINED,
+    UNKNOWN,
+    Reference,
+    check_size,
+    open_reference,
+    role_of,
+    shared_images,
+)
 from rae.commands.subject import Subject, is_pairs, open_subject
 from rae.config import ConfigError
 from rae.data.image_set import Images
@@ -241,10 +250,12 @@ def _look_at_reference(judged: Subject, given: Reference | None, own: Features, 
 
 def _flags(judged: Subject, own: Features, whole: Features, given: Reference | None, role: str) -> list[str]:
     flags, count = [], own.about["images"]
-    if own.about["identity"] == whole.about["identity"]:
-        flags.append("subject and reference are the same images: distances are 0 whatever these are")
+    if said := shared_images(own, whole):
+        flags.append(said)
     if judged.kind == "reconstructions" and role in (TRAINED, BOTH):
         flags.append(f"the reference holds {role} of this autoencoder: published rFID is of images that it never saw")
+    if judged.kind == "reconstructions" and role == UNKNOWN:
+        flags.append("whether this autoencoder saw the reference's images is not known; published rFID: it did not")
     for name, features in own.sets.items():
         if count <= (width := features.rows["features"].shape[1]):
             flags.append(

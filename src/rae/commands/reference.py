@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import yaml
 
 from rae.commands.feature_folder import size_of
@@ -13,6 +14,7 @@ from rae.data.image_set import ImageError, Images, digest
 from rae.data.images import DataConfig, open_images, split_images
 from rae.evaluation.judge import INCEPTION
 from rae.evaluation.reference import (
+    DIGESTS,
     Gaussian,
     ReferenceError,
     is_adm_reference,
@@ -104,6 +106,23 @@ def check_size(subject: str, ours: Sequence[int], reference: Reference, on_broke
             f"mean nothing. Make a reference at {ours} (`rae reference ... --size`), or, if the subject's are larger, "
             f"crop them: --size {theirs.replace(' ', '')}."
         )
+
+
+def shared_images(own: Features, whole: Features) -> str | None:
+    """What is to be said of images that subject and reference share, pixel for pixel, in whatever files and order.
+
+    A file of an earlier version holds no digests of its images: then the identity of the whole set alone can tell.
+    """
+    said = "subject and reference are the same images: distances are 0 whatever these are"
+    if own.about["identity"] == whole.about["identity"]:
+        return said
+    ours, theirs = (next(iter(each.sets.values())).rows.get(DIGESTS) for each in (own, whole))
+    if ours is None or theirs is None:
+        return None
+    if torch.equal(ours.sort().values, theirs.sort().values) and len(theirs) == whole.about["images"]:
+        return said
+    shared = int(torch.isin(ours, theirs).sum())
+    return f"{shared:,} of the subject's {len(ours):,} images are also in the reference" if shared else None
 
 
 # --- whose images ----------------------------------------------------------------------------------------------------
