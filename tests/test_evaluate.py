@@ -476,6 +476,15 @@ def test_the_same_images_in_other_files_are_flagged(sets, look, run, tmp_path):
     assert "images are also in" not in told
 
 
+@pytest.mark.parametrize(("count", "flagged"), [(67, True), (68, False)])  # parts of 16 and of 17, for 16 features
+def test_a_distance_of_infinitely_many_of_too_few_is_flagged(sets, encoder, look, run, tmp_path, count, flagged):
+    samples = save_images(tmp_path / "samples", count, seed=3)
+    run("evaluate", samples, "--reference", sets[1], *look, "--out", tmp_path / "out")
+    said = f"the distance of infinitely many images by {encoder} is of no use: it takes more than 67 images for 16"
+    flags = json.loads((tmp_path / "out/evaluation.json").read_text())["flags"]
+    assert any(flag.startswith(said) for flag in flags) == flagged
+
+
 def test_jpeg_files_are_flagged(sets, look, run, tmp_path):
     samples = save_images(tmp_path / "samples", 20, seed=3, suffix=".jpg")
     assert "20 of the subject's images are JPEG" in run(

@@ -37,6 +37,7 @@ from rae.config import ConfigError
 from rae.data.image_set import Images
 from rae.data.images import DataConfig, open_images, subset
 from rae.evaluation.class_agreement import numbered_alike
+from rae.evaluation.frechet import PARTS
 from rae.evaluation.judge import INCEPTION, judge, judge_pairs
 from rae.evaluation.pretrained import load_lpips
 from rae.evaluation.reference import save_reference
@@ -261,6 +262,11 @@ def _flags(judged: Subject, own: Features, whole: Features, given: Reference | N
             flags.append(
                 f"{count:,} images are no more than the {width:,} features of {name}: Frechet distances of so few are "
                 "far too large, and only compare with others of as many images"
+            )
+        if count // PARTS[-1] <= width:  # the smallest part, through which the line to infinity goes
+            flags.append(
+                f"the distance of infinitely many images by {name} is of no use: it takes more than "
+                f"{PARTS[-1] * (width + 1) - 1:,} images for {width:,} features, there are {count:,}"
             )
     if given and given.moments:
         flags.append(f"nothing in {whole.about['source']} says by which network and resizing its moments were made")
