@@ -211,8 +211,12 @@ def test_a_reference_keeps_so_many_rows_and_all_moments(sets, look, encoder, run
 def test_larger_references_are_cropped_to_the_subject(sets, look, run, tmp_path):
     large = save_images(tmp_path / "large", 12, seed=5, size=(40, 50))
     run("evaluate", sets[0], "--reference", large, *look, "--out", tmp_path / "out")
-    reference = json.loads((tmp_path / "out/evaluation.json").read_text())["reference"]
-    assert reference.items() >= {"size": [20, 16], "crop": "centre crop, as in training"}.items()
+    found = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert found["reference"].items() >= {"size": [20, 16], "crop": "centre crop, as in training"}.items()
+    said = "images of the reference, the first of 40 x 50 pixels, are scaled and cropped to the subject's 20 x 16"
+    assert said in found["flags"]
+    told = run("evaluate", sets[0], "--reference", sets[1], *look, "--out", tmp_path / "same")
+    assert "are scaled and cropped" not in told
 
 
 def test_a_reference_at_another_size_is_refused(sets, look, refused, run, tmp_path):

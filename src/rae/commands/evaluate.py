@@ -29,6 +29,7 @@ from rae.commands.reference import (
     Reference,
     check_size,
     open_reference,
+    resized,
     role_of,
     shared_images,
 )
@@ -183,7 +184,7 @@ def evaluate(
         "reference": whole.about | {"role": role},
         "extractors": {name: extractor.describe() for name, extractor in look.extractors.items()},
         "figures": {name: figure._asdict() for name, figure in figures.items()},
-        "flags": _flags(judged, own, whole, given, role),
+        "flags": _flags(judged, own, whole, given, role, data.on_broken),
         "made": {
             "rae": importlib.metadata.version("rae"),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -249,9 +250,13 @@ def _look_at_reference(judged: Subject, given: Reference | None, own: Features, 
 # --- what a reader should know ---------------------------------------------------------------------------------------
 
 
-def _flags(judged: Subject, own: Features, whole: Features, given: Reference | None, role: str) -> list[str]:
+def _flags(
+    judged: Subject, own: Features, whole: Features, given: Reference | None, role: str, on_broken: str
+) -> list[str]:
     flags, count = [], own.about["images"]
     if said := shared_images(own, whole):
+        flags.append(said)
+    if given and not judged.originals and (said := resized(given, own.about["size"], on_broken)):
         flags.append(said)
     if judged.kind == "reconstructions" and role in (TRAINED, BOTH):
         flags.append(f"the reference holds {role} of this autoencoder: published rFID is of images that it never saw")

@@ -125,6 +125,14 @@ def shared_images(own: Features, whole: Features) -> str | None:
     return f"{shared:,} of the subject's {len(ours):,} images are also in the reference" if shared else None
 
 
+def resized(reference: Reference, ours: Sequence[int], on_broken: str) -> str | None:
+    """What is to be said of images of a reference that are brought to the subject's size (H, W), by their first one."""
+    if reference.images is None or list(theirs := size_of(reference.images, on_broken)) == list(ours):
+        return None
+    theirs, ours = (" x ".join(map(str, size)) for size in (theirs, ours))
+    return f"images of the reference, the first of {theirs} pixels, are scaled and cropped to the subject's {ours}"
+
+
 # --- whose images ----------------------------------------------------------------------------------------------------
 
 
