@@ -424,6 +424,10 @@ def test_broken_images_are_named_and_left_out(sets, look, refused, run, tmp_path
     assert "left out: " in run(*command, tmp_path / "skipped", "--skip-broken")
     found = json.loads((tmp_path / "skipped/evaluation.json").read_text())
     assert found["subject"]["images"] == 11
+    assert "1 of 12 images of the subject cannot be read and are left out" in found["flags"]
+    run("evaluate", sets[1], "--reference", images, *look, "--out", tmp_path / "other", "--skip-broken")
+    flags = json.loads((tmp_path / "other/evaluation.json").read_text())["flags"]
+    assert "1 of 12 images of the reference cannot be read and are left out" in flags
     assert figures(tmp_path / "skipped")["frechet"]["protocol"] == "11 images against 26 images"
 
 
@@ -446,6 +450,27 @@ def test_what_cannot_be_judged(sets, runs, look, refused, tmp_path, arguments, t
     places = {"SAMPLES": sets[0], "REAL": sets[1], "DIT": runs / "dit", "DECODER": runs / "decoder"}
     arguments = [places.get(argument, argument) for argument in arguments]
     assert told in " ".join(refused("evaluate", *arguments, *look, "--out", tmp_path / "out").split())
+
+
+def test_too_few_images_are_refused_before_anything_is_computed(sets, runs, look, refused, run, tmp_path):
+    few = save_images(tmp_path / "few", 5, seed=0)
+    run("reference", few, *look, "--out", tmp_path / "r.safetensors")
+    out = ["--out", tmp_path / "out"]
+    for subject, reference, told in (
+        (few, sets[1], "few: 5 images are too few to be judged by; give at least 8"),
+        (sets[0], few, "few: 5 images are too few to be judged by; give at least 6"),
+        (sets[0], tmp_path / "r.safetensors", "r.safetensors: 5 images are too few"),
+        (runs / "decoder", few, "few: 5 images are too few to be judged by; give at least 8"),
+    ):
+        assert told in refused("evaluate", subject, "--reference", reference, *look, *out)
+    told = refused("evaluate", runs / "dit", "--reference", sets[1], "--num", 7, *look, *out)
+    assert "dit: 7 images are too few" in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["./enc", "../enc", ".enc"])
+def test_features_lie_in_no_hidden_folder(tmp_path, name):
+    assert feature_folder._place(tmp_path, name) == tmp_path / "_enc"
 
 
 def test_weights_that_nobody_asked_for(sets, encoder, refused, tmp_path):

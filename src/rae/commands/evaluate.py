@@ -39,7 +39,7 @@ from rae.data.image_set import Images
 from rae.data.images import DataConfig, open_images, subset
 from rae.evaluation.class_agreement import numbered_alike
 from rae.evaluation.frechet import PARTS
-from rae.evaluation.judge import INCEPTION, judge, judge_pairs
+from rae.evaluation.judge import INCEPTION, PRDC_NEIGHBOURS, judge, judge_pairs
 from rae.evaluation.pretrained import load_lpips
 from rae.evaluation.reference import save_reference
 from rae.evaluation.uncertainty import written
@@ -48,6 +48,8 @@ from rae.processes import process_state
 
 EVALUATION = "evaluation.json"
 FORMAT = 1
+LEAST_JUDGED = max(2 * PARTS[-1], PRDC_NEIGHBOURS + 1)  # images that every metric can take
+LEAST_COMPARED = PRDC_NEIGHBOURS + 1
 
 
 def _first(images: Images, num: int | None) -> Images:
@@ -157,7 +159,7 @@ def evaluate(
     Raises:
         ConfigError: no reference, or one that does not go with the subject; LPIPS of images that are no pairs.
         ReferenceError: a reference at another size, or by another extractor.
-        OutputError: `out` holds something else.
+        OutputError: `out` holds something else; too few images for the metrics.
     """
     begun, data = time.perf_counter(), data.model_copy(update={"label": label})
     look = Look(open_extractors(features, inception, input_size), data, batch)
@@ -165,7 +167,13 @@ def evaluate(
         raise ConfigError(f"--lpips is of reconstructions and what they are of; {subject} gives none, leave it out.")
     given = open_reference(reference, look) if reference else None
     distance = load_lpips(purpose="metric").to(process_state().device) if lpips else None
+    if num is not None:
+        _check_count(subject, num, LEAST_JUDGED)
+    if given:
+        count = given.features.about["images"] if given.features else len(given.images)
+        _check_count(given.source, count, LEAST_JUDGED if is_pairs(subject) else LEAST_COMPARED)
     judged = _prepare(subject, given, out, data=data, num=num, batch=batch, sample=sample)
+    _check_count(subject, len(judged.images), LEAST_JUDGED)
     if given:
         check_size(subject, size or size_of(judged.images, data.on_broken), given, data.on_broken)
     own = look_at(judged.images, size, look, out / "features", source=subject)
@@ -195,6 +203,11 @@ def evaluate(
         hidden.write_text(json.dumps(found, indent=1) + "\n")
     _print(found, out)
     return found
+
+
+def _check_count(source: str, count: int, least: int) -> None:
+    if count < least:
+        raise OutputError(f"{source}: {count} images are too few to be judged by; give at least {least}.")
 
 
 def _prepare(
@@ -281,6 +294,10 @@ def _flags(
         flags.append(f"{compressed:,} of the subject's images are JPEG files, whose artefacts are judged with them")
     if judged.protocol.get("precision", "float32") != "float32":
         flags.append(f"sampled in {judged.protocol['precision']}; published figures are of float32")
+    compared = judged.originals or (given and given.images)  # None: features from a file, which knows nothing of it
+    for whose, images, found in (("subject", judged.images, own), ("reference", compared, whole)):
+        if images and (missing := len(images) - len(found.read)):
+            flags.append(f"{missing:,} of {len(images):,} images of the {whose} cannot be read and are left out")
     ours, theirs = (next(iter(found.sets.values())).classes for found in (own, whole))
     if judged.kind == "samples" and ours:
         counts = ours.labels.bincount(minlength=len(ours.names)).tolist()

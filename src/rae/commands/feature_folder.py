@@ -129,7 +129,7 @@ def _check_finite(found: Mapping[str, Tensor], name: str, images: Images, number
 
 
 def _place(folder: Path, name: str) -> Path:
-    return folder / re.sub(r"[^\w.@-]+", "_", name)
+    return folder / re.sub(r"^[^\w@-]+|[^\w.@-]+", "_", name)  # ./encoder -> _encoder: a leading dot would hide it
 
 
 def _file(folder: Path, name: str, chunk: int) -> Path:
