@@ -386,6 +386,24 @@ def test_the_first_images_of_some_classes_only_are_flagged(look, run, tmp_path):
     assert "are among those used" not in run(*command[:-1], tmp_path / "all")
 
 
+def test_folders_without_images_beside_classes_are_flagged(look, run, tmp_path):
+    for i, place in enumerate(("samples/a", "samples/b", "real/a", "real/b")):
+        save_images(tmp_path / place, 12, seed=i)
+    command = ["evaluate", tmp_path / "samples", "--reference", tmp_path / "real", *look, "--out"]
+    assert "without images" not in run(*command, tmp_path / "full")
+    (tmp_path / "samples/c").mkdir()
+    (tmp_path / "real/d/deep").mkdir(parents=True)
+    (tmp_path / "real/e").mkdir()
+    told = run(*command, tmp_path / "out")
+    flags = json.loads((tmp_path / "out/evaluation.json").read_text())["flags"]
+    for said in (
+        "folders of the subject without images, which are no classes of it (1): c",
+        "folders of the reference without images, which are no classes of it (2): d, e",
+    ):
+        assert said in flags
+        assert f"note: {said}" in told
+
+
 # --- bad input
 
 

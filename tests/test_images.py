@@ -13,6 +13,7 @@ from PIL import Image
 
 from rae.config import ConfigError, load_recipe, parse
 from rae.data.crops import center_crop, random_crop
+from rae.data.folders import without_images
 from rae.data.image_set import PassedOver, read_image
 from rae.data.images import (
     DataConfig,
@@ -120,6 +121,12 @@ def test_unusable_folders(tmp_path, make, message):
         Image.fromarray(picture(8, 8)).save(tmp_path / name)
     with pytest.raises(ImageError, match=message):
         open_images(make(tmp_path))
+
+
+def test_folders_without_images_are_told_of_classes_only(folder):
+    assert without_images(folder) == ["empty"]
+    assert without_images(folder / "b") == []  # flat: what is below it is no class
+    assert without_images(folder / "nowhere") == []
 
 
 def test_one_file_is_a_set_of_one(tmp_path):

@@ -35,6 +35,7 @@ from rae.commands.reference import (
 )
 from rae.commands.subject import Subject, is_pairs, open_subject
 from rae.config import ConfigError
+from rae.data.folders import without_images
 from rae.data.image_set import Images
 from rae.data.images import DataConfig, open_images, subset
 from rae.evaluation.class_agreement import numbered_alike
@@ -299,6 +300,11 @@ def _flags(
         if images and (missing := len(images) - len(found.read)):
             flags.append(f"{missing:,} of {len(images):,} images of the {whose} cannot be read and are left out")
     ours, theirs = (next(iter(found.sets.values())).classes for found in (own, whole))
+    known = given.source if given and given.images else None
+    for whose, source, classes in (("subject", judged.source, ours), ("reference", known, theirs)):
+        if classes and source and (empty := without_images(Path(source).expanduser())):
+            named = ", ".join(empty)[:80]
+            flags.append(f"folders of the {whose} without images, which are no classes of it ({len(empty):,}): {named}")
     if judged.kind == "samples" and ours:
         counts = ours.labels.bincount(minlength=len(ours.names)).tolist()
         if max(counts) > min(counts) + 1:

@@ -170,6 +170,14 @@ def open_folder(root: Path) -> Images:
     return _from_files(root, [file for files in classes.values() for file in files], labels, list(classes))
 
 
+def without_images(root: Path) -> list[str]:
+    """Names of the folders beside classes that hold no image that is read, and so are none; none for other sources."""
+    if not root.is_dir() or find_data_files(str(root)):
+        return []
+    flat, folders = _contents(root)
+    return [] if flat else [folder.name for folder in folders if next(_walk(folder, root), None) is None]
+
+
 def _counted(files: Sequence[str]) -> str:
     """["a.gif", "b/c.GIF", "d.heic"] -> "2 .gif, 1 .heic"."""
     kinds = Counter(Path(file).suffix.lower() for file in files).most_common()
