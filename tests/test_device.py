@@ -1,6 +1,7 @@
 """Runs on a device of its own: no step, figure, sheet or checkpoint takes tensors of two devices together."""
 
 import functools
+import sys
 
 import pytest
 import torch
@@ -28,12 +29,14 @@ def elsewhere(monkeypatch):
     def by_the_cpu(save, tensors, path):
         return save({name: tensor.cpu() for name, tensor in tensors.items()}, path)
 
+    optimizer = sys.modules["torch.optim.optimizer"]  # which torch.optim has no attribute for
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch, "Generator", Anywhere)
     monkeypatch.setattr(torch.Tensor, "new_tensor", new_tensor)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: tolist(self.cpu()))
     for module in (checkpoint, folders):
         monkeypatch.setattr(module, "save_file", functools.partial(by_the_cpu, module.save_file))
+    monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: ["cpu", NAME])
     monkeypatch.setattr(Accelerator, "device", torch.device(NAME))
     with Float32Device():
         yield
