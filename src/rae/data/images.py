@@ -160,8 +160,8 @@ class Views(torch.utils.data.Dataset):
         if (image.shape[0] < self.size[0] or image.shape[1] < self.size[1]) and not self.config.enlarge:
             raise ImageError(
                 f"{self.images.names[index]} is {image.shape[0]} x {image.shape[1]} pixels (height x width), smaller "
-                f"than the {self.size[0]} x {self.size[1]} asked for. Take it out, ask for smaller images, or set "
-                "data.enlarge: true to enlarge small images (bicubic)."
+                f"than the {self.size[0]} x {self.size[1]} asked for. Take it out, ask for smaller images, or "
+                "enlarge small ones (bicubic): --enlarge, in a recipe data.enlarge: true."
             )
 
 
