@@ -13,6 +13,7 @@ from rae.evaluation.report import Piece, dots
 from rae.experiments.frame import Difference, Results, Verdict
 
 DINO, NET = "FD of DINOv2's class tokens", "FD of the judge's features"  # what plots call the two metrics
+HEADINGS = {"fd_dino": "FD, DINOv2", "fd_net": "FD, judge"}  # and tables
 RULE = (
     "A claim holds if the difference that it is about is above 0 by the interval of its mean over the seeds (± the "
     "95 % quantile of Student's t times the standard error), and the second metric's is not below 0 by its own; it "

@@ -13,7 +13,7 @@ from rae.diffusion.sampling import time_grid
 from rae.evaluation import flops
 from rae.evaluation.report import Piece, curves
 from rae.experiments import ingredients, world
-from rae.experiments.claims import DINO, NET, RULE, better, decide
+from rae.experiments.claims import DINO, HEADINGS, NET, RULE, better, decide
 from rae.experiments.frame import Config, Numbers, Place, Results, Study, Verdict
 
 SCALES = (1.5, 2.5)
@@ -109,8 +109,7 @@ STUDY = Study(
     judge=judge,
     run=run,
     shown={
-        "fd_dino": "FD, DINOv2",
-        "fd_net": "FD, judge",
+        **HEADINGS,
         "agreement": "read as asked",
         "calls": "calls",
         "weak_calls": "of the guide",

@@ -7,7 +7,7 @@ are those of `ingredients`: where that study has run, they are there.
 from rae.evaluation import flops
 from rae.evaluation.report import Piece
 from rae.experiments import ingredients, world
-from rae.experiments.claims import DINO, NET, RULE, better, by_setting, decide
+from rae.experiments.claims import DINO, HEADINGS, NET, RULE, better, by_setting, decide
 from rae.experiments.frame import Config, Numbers, Place, Results, Study, Verdict
 
 PLAIN, SAME = "no head", "384 wide"  # of equal compute
@@ -68,8 +68,7 @@ STUDY = Study(
     judge=judge,
     run=run,
     shown={
-        "fd_dino": "FD, DINOv2",
-        "fd_net": "FD, judge",
+        **HEADINGS,
         "agreement": "read as asked",
         "fd_latent": "FD, latents",
         "megamacs": "M multiply-adds",

@@ -8,7 +8,7 @@ these differ by is not drowned in what models differ by.
 from rae.evaluation import flops
 from rae.evaluation.report import Piece
 from rae.experiments import world
-from rae.experiments.claims import DINO, NET, RULE, Claim, better, by_setting, decide
+from rae.experiments.claims import DINO, HEADINGS, NET, RULE, Claim, better, by_setting, decide
 from rae.experiments.frame import Config, Difference, Numbers, Place, Results, Study, Verdict
 
 NETWORKS = {
@@ -96,8 +96,7 @@ STUDY = Study(
     judge=judge,
     run=run,
     shown={
-        "fd_dino": "FD, DINOv2",
-        "fd_net": "FD, judge",
+        **HEADINGS,
         "agreement": "read as asked",
         "fd_latent": "FD, latents",
         "megamacs": "M multiply-adds",

@@ -15,7 +15,7 @@ from torch import Tensor
 from rae.evaluation.frechet import distance_between, normal_of
 from rae.evaluation.report import Piece
 from rae.experiments import ingredients, world
-from rae.experiments.claims import DINO, RULE, better, by_setting, decide
+from rae.experiments.claims import DINO, HEADINGS, RULE, better, by_setting, decide
 from rae.experiments.frame import Config, Numbers, Place, Results, Study, Verdict, draws
 
 SETTINGS = {"balanced": {"random": False}, "random": {"random": True}}
@@ -84,7 +84,7 @@ STUDY = Study(
     rule=f"{RULE} The difference is that of means over subsets.",
     judge=judge,
     run=run,
-    shown={"fd_dino": "FD, DINOv2", "fd_net": "FD, judge"},
+    shown=HEADINGS,
     figures=figures,
     source=world.SOURCE,
     pairs=[("fd_dino", "random", "balanced"), ("fd_net", "random", "balanced")],

@@ -6,7 +6,7 @@ paper draws sigma as |N(0, tau^2)|, of mean 0.8 tau; its code as tau U(0,1), of 
 
 from rae.evaluation.report import Piece, curves
 from rae.experiments import ingredients, world
-from rae.experiments.claims import DINO, NET, RULE, Claim, better, decide
+from rae.experiments.claims import DINO, HEADINGS, NET, RULE, Claim, better, decide
 from rae.experiments.frame import Config, Numbers, Place, Results, Study, Verdict
 
 TAUS = (0.5, 0.8, 1.0)
@@ -80,8 +80,7 @@ STUDY = Study(
     judge=judge,
     run=run,
     shown={
-        "fd_dino": "FD, DINOv2",
-        "fd_net": "FD, judge",
+        **HEADINGS,
         "agreement": "read as asked",
         "rfd_dino": "of reconstructions: FD, DINOv2",
         "rfd_net": "FD, judge",

@@ -26,7 +26,7 @@ from rae.evaluation import flops
 from rae.evaluation.reconstruction import psnr
 from rae.evaluation.report import Piece, curves
 from rae.experiments import vae, world
-from rae.experiments.claims import RULE, Claim, better, decide
+from rae.experiments.claims import HEADINGS, RULE, Claim, better, decide
 from rae.experiments.frame import Config, Difference, Numbers, Place, Results, Study, Verdict
 from rae.folders import aside
 from rae.processes import process_state
@@ -230,8 +230,7 @@ STUDY = Study(
     judge=judge,
     run=run,
     shown={
-        "fd_dino": "FD, DINOv2",
-        "fd_net": "FD, judge",
+        **HEADINGS,
         "agreement": "read as asked",
         "rfd_dino": "of reconstructions: FD, DINOv2",
         "rfd_net": "FD, judge",

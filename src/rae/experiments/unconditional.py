@@ -3,7 +3,7 @@
 from rae.diffusion.guidance import AutoGuidance
 from rae.evaluation.report import Piece
 from rae.experiments import ingredients, world
-from rae.experiments.claims import DINO, RULE, better, by_setting, decide
+from rae.experiments.claims import DINO, HEADINGS, RULE, better, by_setting, decide
 from rae.experiments.frame import Config, Numbers, Place, Results, Study, Verdict
 
 CLASSES, NONE, GUIDED = "by class", "unconditional", "unconditional, AutoGuidance"
@@ -56,7 +56,7 @@ STUDY = Study(
     ),
     judge=judge,
     run=run,
-    shown={"fd_dino": "FD, DINOv2", "fd_net": "FD, judge", "fd_latent": "FD, latents"},
+    shown={**HEADINGS, "fd_latent": "FD, latents"},
     figures=figures,
     source=world.SOURCE,
     pairs=[("fd_dino", NONE, GUIDED), ("fd_dino", NONE, CLASSES)],

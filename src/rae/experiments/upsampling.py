@@ -12,7 +12,7 @@ from rae.evaluation import flops
 from rae.evaluation.reconstruction import psnr, ssim
 from rae.evaluation.report import Piece
 from rae.experiments import world
-from rae.experiments.claims import RULE, Claim, by_setting, decide
+from rae.experiments.claims import HEADINGS, RULE, Claim, by_setting, decide
 from rae.experiments.frame import Config, Difference, Numbers, Place, Results, Study, Verdict
 from rae.training.dit_recipe import describe_model
 
@@ -85,8 +85,7 @@ STUDY = Study(
     judge=judge,
     run=run,
     shown={
-        "fd_dino": "FD, DINOv2",
-        "fd_net": "FD, judge",
+        **HEADINGS,
         "psnr": "PSNR / dB",
         "ssim": "SSIM",
         "agreement": "read as what they show",
