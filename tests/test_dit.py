@@ -339,7 +339,9 @@ def test_width_rule_is_about_the_head_of_dit_dh():
 
 
 def test_a_model_as_wide_as_its_tokens_is_wide_enough():
-    build(DiTConfig(width=24, **WIDE | {"in_channels": 24}))
+    config = DiTConfig(width=24, **WIDE | {"in_channels": 24})
+    assert config.output_width == config.token_dim == 24
+    build(config)
 
 
 def test_allow_narrow_builds_what_theorem_1_is_about():
