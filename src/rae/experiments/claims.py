@@ -59,8 +59,8 @@ def better(results: Results, says: str, this: str, than: str) -> Claim:
     return Claim(says, *(results.difference(number, than, this) for number in ("fd_dino", "fd_net")))
 
 
-def by_setting(results: Results, settings: Iterable[str], axes: Mapping[str, str]) -> list[Piece]:
-    """For each number => axis a plot: means over the seeds, with their standard errors."""
+def by_setting(results: Results, settings: Iterable[str], titles: Mapping[str, str]) -> list[Piece]:
+    """For each number => title a plot: means over the seeds, with their standard errors."""
 
     def mean_and_error(setting: str, number: str) -> tuple[float, float | None] | None:
         if not results.seeds(setting):
@@ -70,8 +70,8 @@ def by_setting(results: Results, settings: Iterable[str], axes: Mapping[str, str
 
     settings = list(settings)
     return [
-        dots({setting: mean_and_error(setting, number) for setting in settings}, f"Settings by {number}", axis)
-        for number, axis in axes.items()
+        dots({setting: mean_and_error(setting, number) for setting in settings}, title, "mean ± standard error")
+        for number, title in titles.items()
     ]
 
 

@@ -64,8 +64,8 @@ def judge(results: Results) -> Verdict:
 
 
 def figures(results: Results) -> list[Piece]:
-    axes = {"fd_dino": DINO, "fd_net": NET, "fd_latent": "FD of mean tokens, not decoded"}
-    return by_setting(results, SETTINGS, axes)
+    titles = {"fd_dino": DINO, "fd_net": NET, "fd_latent": "FD of mean tokens, not decoded"}
+    return by_setting(results, SETTINGS, titles)
 
 
 STUDY = Study(

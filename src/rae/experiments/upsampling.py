@@ -61,8 +61,8 @@ def judge(results: Results) -> Verdict:
 
 
 def figures(results: Results) -> list[Piece]:
-    axes = {"fd_dino": "FD of DINOv2's class tokens", "fd_net": "FD of the judge's features", "psnr": "PSNR / dB"}
-    return by_setting(results, (DIRECT, UP), axes)
+    titles = {"fd_dino": "FD of DINOv2's class tokens", "fd_net": "FD of the judge's features", "psnr": "PSNR / dB"}
+    return by_setting(results, (DIRECT, UP), titles)
 
 
 STUDY = Study(
