@@ -4,11 +4,13 @@ import functools
 import io
 import os
 import pickle
+import tracemalloc
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from tiny import picture, png
 
 from rae.commands.sample_folder import pack
@@ -60,10 +62,27 @@ def test_what_rae_sample_writes(tmp_path):
     files = [tmp_path / f"{seed}.png" for seed in range(3)]
     for seed, path in enumerate(files):
         path.write_bytes(png(seed))
-    pack(files, tmp_path / "samples.npz", {"seed": 0})
-    images = open_images(tmp_path / "samples.npz")
-    assert same(images, np.stack([picture(seed) for seed in range(3)]))
+    path, pixels = tmp_path / "samples.npz", np.stack([picture(seed) for seed in range(3)])
+    pack(files, None, path, {"seed": 0})
+    images = open_images(path)
+    assert same(images, pixels)
     assert (set(images.labels), images.class_names) == ({0}, None)
+    pack(files, [3, 0, 3], path, {"seed": 0})
+    images = open_images(path)
+    assert same(images, pixels)
+    assert (images.labels, images.class_names) == ([3, 0, 3], ["0", "1", "2", "3"])
+    np.savez(tmp_path / "by-numpy.npz", pixels, np.array([3, 0, 3]))  # as ADM's scripts do
+    assert images.identity == open_images(tmp_path / "by-numpy.npz").identity
+
+
+def test_packing_holds_one_image_in_memory(tmp_path):
+    Image.fromarray(np.zeros((256, 256, 3), np.uint8)).save(tmp_path / "0.png")
+    tracemalloc.start()
+    pack([tmp_path / "0.png"] * 64, range(64), tmp_path / "x.npz", {})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (tmp_path / "x.npz").stat().st_size > 64 * 256 * 256 * 3
+    assert peak < 8 * 256 * 256 * 3
 
 
 def test_one_hot_labels_tell_of_all_classes(tmp_path):

@@ -19,6 +19,7 @@ import torch
 from conftest import invoke
 from PIL import Image
 from safetensors.torch import load_file
+from tiny import png
 
 from rae import RAE, DiffusionModel
 from rae.commands import sample, sample_folder
@@ -200,8 +201,10 @@ def test_own_classes_by_name(runs, run, tmp_path):
     names = ["tench", "golden retriever", *(f"breed {i}" for i in range(8))]
     path.write_text(json.dumps(json.loads(path.read_text()) | {"class_names": names}))
     command = ["sample", tmp_path / "dit", "--autoencoder", runs / "decoder", "--steps", 2, "--out", tmp_path / "out"]
-    output = run(*command, "--labels", "golden retriever, tench", "--num", 3)
+    output = run(*command, "--labels", "golden retriever, tench", "--num", 3, "--npz", tmp_path / "x.npz")
     assert protocol(tmp_path / "out")["labels"] == [1, 0, 1]
+    with np.load(tmp_path / "x.npz") as file:
+        assert file["arr_1"].tolist() == [1, 0, 1]
     assert "'tench', 'golden retriever' x 2" in output  # the rows of the overview, in the order of the classes
 
 
@@ -297,8 +300,9 @@ def test_npz_in_place_of_pngs(whole, coupled, runs, run, tmp_path, monkeypatch):
     assert not list(out.glob("*.png"))
     assert "000000.png" not in output
     with np.load(npz) as file:
-        assert file.files == ["arr_0"]
+        assert file.files == ["arr_0", "arr_1"]
         assert np.array_equal(file["arr_0"], pngs(whole))
+        assert (file["arr_1"].dtype, file["arr_1"].tolist()) == (np.int64, protocol(whole)["labels"])
     before = npz.stat().st_mtime_ns
     shutil.copy(whole / "000003.png", out)  # as if it had been killed while it removed them
     with monkeypatch.context() as patch:
@@ -309,7 +313,23 @@ def test_npz_in_place_of_pngs(whole, coupled, runs, run, tmp_path, monkeypatch):
     run(*command, "--num", 12)  # other images than it holds
     with np.load(npz) as file:
         assert np.array_equal(file["arr_0"][:8], pngs(whole)[:8])
-        assert len(file["arr_0"]) == 12
+        assert len(file["arr_0"]) == len(file["arr_1"]) == 12
+
+
+def test_an_npz_is_judged_as_its_pngs_are(runs, run, encoder, tmp_path):
+    """By class as well: it holds the labels."""
+    out, npz, real = tmp_path / "out", tmp_path / "x.npz", tmp_path / "real"
+    for i in range(30):
+        (real / str(i % 3)).mkdir(parents=True, exist_ok=True)
+        (real / f"{i % 3}/{i}.png").write_bytes(png(i))
+    run("sample", runs / "dit", "--labels", "2,0", "--num", 12, "--steps", 2, "--out", out, "--npz", npz)
+    look = ["--features", encoder, "--input-size", 16, "--reference", real]
+    found = []
+    for subject in (out, npz):
+        run("evaluate", subject, *look, "--out", tmp_path / f"judged-{subject.name}")
+        found.append(json.loads((tmp_path / f"judged-{subject.name}/evaluation.json").read_text())["figures"])
+    assert found[0] == found[1]
+    assert "class_agreement" in {name.partition("/")[0] for name in found[1]}
 
 
 def test_npz_is_no_other_kind_of_file(runs, refused, tmp_path):

@@ -118,7 +118,7 @@ def sample_to_folder(
         if state.is_main_process:
             rows = save_overview(out, chosen, _overview(out))
             if npz:
-                pack(images, npz, protocol)
+                pack(images, chosen if diffusion.null_label else None, npz, protocol)
     if not state.is_main_process:
         return
     if no_pngs:

@@ -258,8 +258,14 @@ def save_overview(folder: Path, labels: Sequence[int], file: Path) -> list[list[
     return rows
 
 
-def pack(files: Sequence[Path], npz: Path, protocol: dict[str, Any]) -> None:
-    """PNGs of one size -> an .npz whose `arr_0` is uint8 [N,H,W,3], one image in memory at a time.
+def pack(files: Sequence[Path], labels: Sequence[int] | None, npz: Path, protocol: dict[str, Any]) -> None:
+    """PNGs of one size -> an .npz: `arr_0` uint8 [N,H,W,3], one image in memory at a time; `arr_1`, labels int64 [N].
+
+    Args:
+        files: the PNGs, in their order.
+        labels: the class of each; None = there are none, and no `arr_1`.
+        npz: the file.
+        protocol: how they were made.
 
     The file's comment, which NumPy does not look at, tells by what protocol they were made: see `is_packed`.
     """
@@ -270,6 +276,9 @@ def pack(files: Sequence[Path], npz: Path, protocol: dict[str, Any]) -> None:
             np.lib.format.write_array_header_1_0(array, header)
             for file in files:
                 array.write(read_picture(file).tobytes())
+        if labels is not None:
+            with archive.open("arr_1.npy", "w") as array:
+                np.lib.format.write_array(array, np.asarray(labels, np.int64))
 
 
 def is_packed(npz: Path, protocol: dict[str, Any]) -> bool:
