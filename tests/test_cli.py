@@ -75,7 +75,8 @@ def test_samples_are_those_of_generate(run, runs, tmp_path):
     expected = to_bytes(batch.images).permute(0, 2, 3, 1).numpy()
     assert np.abs(pngs(out).astype(int) - expected).max() <= 1  # another batch size: other rounding errors
     with np.load(npz) as file:
-        assert file.files == ["arr_0"]
+        assert file.files == ["arr_0", "arr_1"]
+        assert file["arr_1"].tolist() == [7, 1, 7, 1]
         assert (file["arr_0"].dtype, file["arr_0"].shape) == (np.uint8, (4, 16, 16, 3))
         assert np.array_equal(file["arr_0"], pngs(out))
     protocol = json.loads((out / "samples.json").read_text())
@@ -157,6 +158,30 @@ def test_reconstruct_shows_both_and_measures(run, runs, tmp_path):
     assert f"{decibels.mean():.2f}" in output
     pair = to_unit(torch.from_numpy(pngs(tmp_path / "out")[1]))
     assert torch.equal(pair, torch.cat([image[1], decoded[1]], dim=2).permute(1, 2, 0))
+
+
+def test_reconstruct_tells_how_many_of_how_many(run, runs, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(5):
+        Image.new("RGB", (16, 16), (50 * i, 9, 200)).save(images / f"{i}.png")
+    (images / "1.png").write_bytes(b"no picture")
+    command = ["reconstruct", runs / "decoder", images, "--skip-broken", "--out", tmp_path / "out"]
+    for num, first, title, counts in (
+        (["--num", 3], f"3 of 5 images of {images}\n", "2 of 5 images and their", (2, 5)),
+        (["--num", 9], f"5 of 5 images of {images}, of which --num 9 asks for more\n", "4 of 5 images and", (4, 5)),
+        ([], "", "4 of 5 images and their", (4, 5)),
+    ):
+        output = run(*command, *num)
+        assert first in output
+        assert title in output
+        assert ("5 images of " in output) == bool(num)
+        figures = json.loads((tmp_path / "out/figures.json").read_text())
+        assert (figures["images"], figures["source_images"]) == counts
+    (images / "1.png").unlink()
+    output = run(*command[:-1], tmp_path / "whole", "--num", 4)
+    assert " of 4 images" not in output
+    assert "4 images and their" in output
 
 
 def test_reconstruction_of_noised_tokens_is_another_one(run, runs, tmp_path):

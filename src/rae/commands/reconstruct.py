@@ -46,10 +46,11 @@ def write_reconstructions(
 ) -> list[dict[str, Any]]:
     """`rae reconstruct`: each image (centre crop) beside its reconstruction, and their PSNR and SSIM, of 8-bit images.
 
-    Writes `out`/000000.png ... and `out`/figures.json, prints the means and the first rows. Unreadable images are named
-    and left out where `data.on_broken` is "skip". Pictures that exist are left alone; every process of a distributed
-    job makes its share of the others, the first one measures all. `noise` times normal noise, the same for an image
-    whatever its batch, is added to the tokens.
+    Writes `out`/000000.png ... and `out`/figures.json, prints the means and the first rows, and of how many images of
+    the source these are: the first `num`, where it holds more. Unreadable ones are named and left out where
+    `data.on_broken` is "skip". Pictures that exist are left alone; every process of a distributed job makes its share
+    of the others, the first one measures all. `noise` times normal noise, the same for an image whatever its batch, is
+    added to the tokens.
 
     Returns:
         One row per image: file, image, psnr, ssim (None for images smaller than SSIM's window).
@@ -64,6 +65,9 @@ def write_reconstructions(
     protocol |= {"decoder": checksum(rae.decoder), "latents": rae.latent_identity, "noise": noise}
     if state.is_main_process:
         claim(out, "reconstructions.json", protocol, grows=("images",))
+        if num is not None and num != len(source):
+            more = f", of which --num {num:,} asks for more" if num > len(source) else ""
+            _warn(f"{len(images):,} of {len(source):,} images of {data.source}{more}")
     state.wait_for_everyone()
     files = [out / picture_name(i) for i in range(len(images))]
     starts = range(0, len(images), batch)[state.process_index :: state.num_processes]
@@ -93,12 +97,12 @@ def write_reconstructions(
     rows = measure([i for i, file in enumerate(files) if is_there(file)], images.names, out, state.device)
     broken = [name for name, file in zip(images.names, files) if not file.exists()]
     means = {key: float(np.mean([row[key] for row in rows])) for key in ("psnr", "ssim") if rows[0][key] is not None}
-    protocol |= {"images": len(rows), "unreadable": broken}
+    protocol |= {"images": len(rows), "source_images": len(source), "unreadable": broken}
     with aside(out / "figures.json") as hidden:
         hidden.write_text(json.dumps(protocol | {"mean": means, "rows": rows}, indent=1) + "\n")
     for name in broken:
-        Console(stderr=True).print(f"[yellow]left out: {escape(name)} cannot be read", highlight=False, soft_wrap=True)
-    _print_figures(rows, means, out)
+        _warn(f"left out: {name} cannot be read")
+    _print_figures(rows, means, len(source), out)
     return rows
 
 
@@ -121,8 +125,13 @@ def measure(indices: Sequence[int], names: Sequence[str], folder: Path, device: 
     return rows
 
 
-def _print_figures(rows: list[dict[str, Any]], means: dict[str, float], out: Path) -> None:
-    table = Table("picture", "image", title=f"{len(rows)} images and their reconstructions: {escape(str(out))}")
+def _warn(text: str) -> None:
+    Console(stderr=True).print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_figures(rows: list[dict[str, Any]], means: dict[str, float], count: int, out: Path) -> None:
+    images = f"{len(rows):,} images" if len(rows) == count else f"{len(rows):,} of {count:,} images"
+    table = Table("picture", "image", title=f"{images} and their reconstructions: {escape(str(out))}")
     for header in ("PSNR / dB", "SSIM"):
         table.add_column(header, justify="right")
     for row in rows[:10]:
