@@ -1,11 +1,16 @@
 """Files that are whole or not there, folders that one process holds, pointers of runs."""
 
 import contextlib
+import itertools
+import json
+import re
+from pathlib import Path
 
 import pytest
+from tiny import png
 
 from rae import folders
-from rae.folders import aside, find_folder, locked
+from rae.folders import aside, find_folder, locked, saved_kind
 
 
 @pytest.mark.parametrize("durable", [False, True])
@@ -66,3 +71,51 @@ def test_a_pointer_to_a_checkpoint_that_is_gone_is_named(tmp_path, pointer):
     (run / "checkpoints/000000016").rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match=r"which is not there; it has none\. See `rae doctor"):
         find_folder(asked, "a model")
+
+
+# --- a model by any of its names
+
+NAMES = ["", "best", "latest", "checkpoints/000000048", "checkpoints/000000048/model"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_kind_of_a_model_is_known_by_any_of_its_names(runs, name, monkeypatch):
+    assert saved_kind(runs / "dit" / name) == "diffusion model"
+    monkeypatch.setenv("HOME", str(runs))
+    assert saved_kind(f"~/decoder/{name}") == "autoencoder"
+    assert saved_kind(runs / "encoder" / name) is None
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """Thirty images of two classes."""
+    folder = tmp_path_factory.mktemp("images")
+    for i in range(30):
+        (folder / f"class-{i % 2}").mkdir(exist_ok=True)
+        (folder / f"class-{i % 2}/{i}.png").write_bytes(png(i))
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_takes_a_model_by_any_of_its_names(runs, run, refused, encoder, images, tmp_path, name):
+    """... or says which name it takes."""
+    dit, decoder, count = runs / "dit" / name, runs / "decoder" / name, itertools.count()
+
+    def out(end: str = "") -> list:
+        return ["--out", tmp_path / f"{next(count)}{end}"]
+
+    look = ["--features", encoder, "--input-size", 16, "--reference", images, "--num", 20]
+    for model, options, kind in ((dit, ["--steps", 2], "samples"), (decoder, [], "reconstructions")):
+        run("evaluate", model, *options, *look, "--out", tmp_path / kind)
+        assert json.loads((tmp_path / kind / "evaluation.json").read_text())["subject"]["kind"] == kind
+        run("flops", model)
+        assert "other commands take it as it is" in refused("convert", model, *out())
+        if name:
+            in_run = re.escape(str(model.parents[len(model.relative_to(runs).parts) - 2]))
+            assert re.search(rf"It lies in one, give {in_run}\.", refused("doctor", model))
+            assert re.search(rf"give .*{in_run}\.", refused("report", model, *out()))
+    run("sample", dit, "--autoencoder", decoder, "--autoguidance", dit, 1.5, "--num", 1, "--steps", 2, *out())
+    run("reconstruct", decoder, images, "--num", 1, *out())
+    run("cache", runs / "dit.yaml", f"rae={decoder}", f"data.source={images}", *out())
+    run("stats", decoder, images, *out(".safetensors"))
+    run("probe", images, decoder, *out())

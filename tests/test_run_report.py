@@ -130,7 +130,7 @@ def test_held_out_loss_by_time_is_shown_beside_the_trivial_one(dit, capsys):
 def test_what_is_no_run_is_refused(tmp_path, dit):
     with pytest.raises(ValueError, match=r"is not the folder of a run, it has no recipe.yaml. Give what"):
         read_run(tmp_path / "nothing")
-    with pytest.raises(ValueError, match=f"It lies in one: {dit}"):
+    with pytest.raises(ValueError, match=f"It lies in one, give {dit}"):
         read_run(dit / "checkpoints/000000048")
 
 

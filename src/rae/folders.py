@@ -36,7 +36,7 @@ def find_folder(folder_or_hub_id: str | Path, what: str) -> Path:
         SourceError: neither an existing folder nor a hub id, or not to be had from the hub.
     """
     path = Path(folder_or_hub_id).expanduser()
-    if path.name in ("latest", "best") and path.is_file():
+    if _is_pointer(path):
         return _named_by(path) / "model"
     if path.is_file() or (path.suffix in {".pt", ".pth", ".bin", ".ckpt"} and not path.is_dir()):
         raise ValueError(
@@ -73,8 +73,9 @@ def check_kind(folder: Path, wanted: str) -> None:
 
 
 def saved_kind(name: str | Path) -> str | None:
-    """The kind of the model that a local folder or run holds ("autoencoder", say); None where it holds none."""
-    return _kind(find_folder(name, "a model")) if Path(name).expanduser().is_dir() else None
+    """The kind of the model that a local folder, run or `run/best` holds ("autoencoder", say); None if it is none."""
+    path = Path(name).expanduser()
+    return _kind(find_folder(path, "a model")) if path.is_dir() or _is_pointer(path) else None
 
 
 def _kind(folder: Path) -> str | None:
@@ -82,6 +83,10 @@ def _kind(folder: Path) -> str | None:
         return json.loads((folder / "config.json").read_text())["kind"]
     except (OSError, ValueError, TypeError, KeyError):
         return None  # whoever reads config.json says what is wrong with it
+
+
+def _is_pointer(path: Path) -> bool:
+    return path.name in ("latest", "best") and path.is_file()
 
 
 def _named_by(pointer: Path) -> Path:

@@ -123,7 +123,7 @@ def read_run(folder: Path) -> RunRecord:
     folder = folder.expanduser()
     if not (folder / "recipe.yaml").is_file():
         inside = next((path for path in folder.absolute().parents if (path / "recipe.yaml").is_file()), None)
-        hint = f"It lies in one: {inside}" if inside else "Give what a training command had for --out"
+        hint = f"It lies in one, give {inside}" if inside else "Give what a training command had for --out"
         raise ValueError(f"{folder} is not the folder of a run, it has no recipe.yaml. {hint}.")
     recipe, recipe_error = None, None
     try:

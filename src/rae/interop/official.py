@@ -32,6 +32,7 @@ from rae.data.class_names import read_class_names
 from rae.diffusion.dit import rotary_angles
 from rae.diffusion.flow import Flow
 from rae.diffusion.model import DiffusionModel, DiffusionModelConfig
+from rae.folders import saved_kind
 from rae.training.discriminator import Discriminator
 
 Weights = Literal["ema", "model"]
@@ -100,6 +101,10 @@ def read_file(path: str | Path) -> dict:
         ConversionError: no such file, a damaged one, or a pickle of anything but tensors and plain containers.
     """
     path = Path(path)
+    if kind := saved_kind(path):
+        raise ConversionError(f"{path} holds no file of the authors but our {kind}: other commands take it as it is.")
+    if path.is_dir():
+        raise ConversionError(f"{path} is a folder; give the file in it.")
     if not path.is_file():
         raise ConversionError(f"{path}: no such file.")
     try:
