@@ -395,6 +395,16 @@ def test_figures_stand_side_by_side_with_flags_and_verdicts(tmp_path):
     assert report.html.count("LineCollection") == 3  # one plot, of what compares
 
 
+def test_figures_that_are_left_out_stand_with_their_reasons(tmp_path):
+    paths = [make_evaluation(tmp_path / name, FD) for name in "ab"]
+    assert "left out" not in Report(paths, tmp_path / "whole").markdown  # as of earlier versions, which gave them all
+    found = json.loads((paths[1] / "evaluation.json").read_text())
+    found["left_out"] = {"frechet_infinite/dino": {"title": "FD of infinitely many", "why": "takes at least 68"}}
+    (paths[1] / "evaluation.json").write_text(json.dumps(found))
+    row = Report(paths, tmp_path / "out").row("left out")
+    assert row == ["none", "1 figure\n• FD of infinitely many: takes at least 68"]
+
+
 def test_how_the_judged_images_were_made_stands_with_the_figures(tmp_path):
     paths = [make_evaluation(tmp_path / name, FD) for name in "ab"]
     for path, cfg in zip(paths, (1.5, 2.0)):

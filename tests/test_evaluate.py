@@ -21,7 +21,7 @@ from rae.evaluation.features import open_extractor
 from rae.evaluation.frechet import Moments, frechet_distance
 from rae.evaluation.reconstruction import psnr
 
-METRICS = ("frechet", "frechet_infinite", "kid", "precision", "recall", "density", "coverage")
+METRICS = ("frechet", "kid", "precision", "recall", "density", "coverage")  # of 21 images, too few for another one
 
 
 def save_images(folder: Path, count: int, *, seed: int, size=(20, 16), suffix: str = ".png", mean: int = 100) -> Path:
@@ -449,6 +449,30 @@ def test_broken_images_are_named_and_left_out(sets, look, refused, run, tmp_path
     assert figures(tmp_path / "skipped")["frechet"]["protocol"] == "11 images against 26 images"
 
 
+def test_a_reference_file_knows_how_many_images_were_left_out(sets, look, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    images, out = save_images(tmp_path / "images", 12, seed=0), tmp_path / "out"
+    for name in ("004.png", "009.png"):
+        (images / name).write_bytes(b"no png")
+
+    def evaluated(file: Path) -> tuple[int | None, list[str]]:
+        run("evaluate", sets[0], "--reference", file, *look, "--out", out)
+        found = json.loads((out / "evaluation.json").read_text())
+        assert found["subject"]["skipped"] == 0
+        return found["reference"]["skipped"], [flag for flag in found["flags"] if "cannot be read" in flag]
+
+    file = tmp_path / "r.safetensors"
+    output = run("reference", images, *look, "--skip-broken", "--out", file)
+    (row,) = [line for line in output.splitlines() if "r.safetensors" in line]
+    assert [cell.strip() for cell in row.split("│")[2:5]] == ["10", "2", "10"]  # images, left out, rows kept
+    said = "2 of 12 images of the reference cannot be read and are left out"
+    assert evaluated(file) == (2, [said])
+    run("evaluate", sets[1], "--reference", images, *look, "--skip-broken", "--out", tmp_path / "other")
+    assert evaluated(tmp_path / "other/reference.safetensors") == (2, [said])  # an evaluation leaves one as well
+    run("reference", sets[1], *look, "--out", tmp_path / "whole.safetensors")
+    assert evaluated(tmp_path / "whole.safetensors") == (0, [])
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -523,13 +547,31 @@ def test_the_same_images_in_other_files_are_flagged(sets, look, run, tmp_path):
     assert "images are also in" not in told
 
 
-@pytest.mark.parametrize(("count", "flagged"), [(67, True), (68, False)])  # parts of 16 and of 17, for 16 features
-def test_a_distance_of_infinitely_many_of_too_few_is_flagged(sets, encoder, look, run, tmp_path, count, flagged):
-    samples = save_images(tmp_path / "samples", count, seed=3)
-    run("evaluate", samples, "--reference", sets[1], *look, "--out", tmp_path / "out")
-    said = f"the distance of infinitely many images by {encoder} is of no use: it takes more than 67 images for 16"
-    flags = json.loads((tmp_path / "out/evaluation.json").read_text())["flags"]
-    assert any(flag.startswith(said) for flag in flags) == flagged
+@pytest.mark.parametrize(("count", "enough"), [(67, False), (68, True)])  # parts of 16 and of 17, for 16 features
+def test_a_distance_of_infinitely_many_of_too_few_is_left_out(
+    sets, encoder, look, run, tmp_path, monkeypatch, count, enough
+):
+    monkeypatch.setenv("COLUMNS", "400")
+    samples, out = save_images(tmp_path / "samples", count, seed=3), tmp_path / "out"
+    output = run("evaluate", samples, "--reference", sets[1], *look, "--out", out)
+    found, name = json.loads((out / "evaluation.json").read_text()), f"frechet_infinite/{encoder}"
+    assert figures(out).keys() - METRICS == ({"frechet_infinite"} if enough else set())
+    why = "its line takes more images than features in N / 4: of 16 at least 68, there are 67"
+    missing = {} if enough else {name: {"title": f"FD of infinitely many ({encoder})", "why": why}}
+    assert found["left_out"] == missing
+    rows = [line for line in output.splitlines() if "infinitely many" in line]
+    assert ["left out" in row and why in row for row in rows] == [not enough]
+    if enough:  # in any order
+        run(
+            "evaluate",
+            turned(samples, tmp_path / "turned", ".png"),
+            "--reference",
+            sets[1],
+            *look,
+            "--out",
+            tmp_path / "o",
+        )
+        assert figures(tmp_path / "o")["frechet_infinite"] == pytest.approx(figures(out)["frechet_infinite"])
 
 
 def test_jpeg_files_are_flagged(sets, look, run, tmp_path):

@@ -1,10 +1,12 @@
 """Reference files: what goes in comes out, and nothing else is taken for one."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rae.evaluation.reference import (
@@ -25,6 +27,7 @@ ABOUT = {
     "source": "images",
     "identity": "0" * 64,
     "images": 50,
+    "skipped": 3,
     "size": (28, 20),
     "crop": "as they are",
     "extractors": {"some/encoder": {"identity": "1", "input_size": [14, 14]}, "inception": {"identity": "2"}},
@@ -110,6 +113,7 @@ def test_what_is_saved_is_loaded(file):
     path, sets = file
     about, loaded = load_reference(path)
     assert about.model_dump(exclude={"kind", "sha256"}) == ABOUT | {"class_names": None}
+    assert about.skipped == 3
     assert loaded.keys() == sets.keys()
     for name, was in sets.items():
         now = loaded[name]
@@ -122,6 +126,20 @@ def test_what_is_saved_is_loaded(file):
             assert torch.equal(now.moments[kind].covariance, moments.covariance)
             assert now.moments[kind].covariance.dtype == torch.float64
     assert len(loaded["some/encoder"].rows["features"]) == 20
+
+
+def test_a_file_of_an_earlier_version_is_read(tmp_path):
+    """It kept no count of images that could not be read."""
+    sets = {"a": collect([{"features": features(5, 3)}], 5)}
+    save_reference(tmp_path / "r.safetensors", sets, **ABOUT | {"extractors": {"a": {}}})
+    with safe_open(tmp_path / "r.safetensors", "pt") as opened:
+        said = json.loads(opened.metadata()["reference"])
+    del said["skipped"]
+    tensors = load_file(tmp_path / "r.safetensors")
+    save_file(tensors, tmp_path / "earlier.safetensors", metadata={"reference": json.dumps(said)})
+    about, loaded = load_reference(tmp_path / "earlier.safetensors")
+    assert about.skipped is None
+    assert torch.equal(loaded["a"].rows["features"], sets["a"].rows["features"])
 
 
 def test_a_changed_file_is_refused(file):
@@ -137,8 +155,6 @@ def test_a_changed_file_is_refused(file):
 
 
 def test_tensors_under_other_names_are_refused(file):
-    from safetensors import safe_open
-
     path, _ = file
     with safe_open(path, "pt") as opened:
         metadata = opened.metadata()

@@ -50,7 +50,9 @@ def _group(judged: Mapping[str, Evaluation]) -> list[Piece]:
     """A table in which each row has one protocol, flags, and a plot of each row that has two values."""
     found = rows(list(judged.values()))
     lines = [[_title(row), *_cells(row)] for row in found]
-    flags = ["flags", *(_flags(of.flags) for of in judged.values())]
+    flags = ["flags", *(_listed(of.flags, "flag") for of in judged.values())]
+    missing = [[f"{each.title}: {each.why}" for each in of.left_out.values()] for of in judged.values()]
+    lines += [["left out", *(_listed(each, "figure") for each in missing)]] if any(missing) else []
     pieces = [table(["figure", *judged], [_about(judged), flags, *lines])]
     pieces.append(paragraph(HOW if len(judged) > 1 else "Value ± its standard error."))
     plots = []
@@ -141,9 +143,9 @@ def _cells(row: Row) -> list[str]:
     return cells
 
 
-def _flags(flags: Sequence[str]) -> str:
-    count = f"{len(flags)} flag{'s' * (len(flags) > 1)}" if flags else "none"
-    return "\n".join([count, *(f"• {flag}" for flag in flags)])
+def _listed(lines: Sequence[str], what: str) -> str:
+    count = f"{len(lines)} {what}{'s' * (len(lines) > 1)}" if lines else "none"
+    return "\n".join([count, *(f"• {line}" for line in lines)])
 
 
 def _about(judged: dict[str, Evaluation]) -> list[str]:

@@ -97,6 +97,13 @@ class Judged(pydantic.BaseModel):
     protocol: str
 
 
+class Missing(pydantic.BaseModel):
+    """A figure that an evaluation leaves out, and why."""
+
+    title: str
+    why: str
+
+
 class About(pydantic.BaseModel):
     """The images that were judged, or that they were compared with."""
 
@@ -118,6 +125,7 @@ class Evaluation(pydantic.BaseModel):
     reference: About
     extractors: dict[str, dict[str, Any]]
     figures: dict[str, Judged]
+    left_out: dict[str, Missing] = {}
     flags: list[str]
 
 

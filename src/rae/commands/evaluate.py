@@ -40,7 +40,7 @@ from rae.data.image_set import Images
 from rae.data.images import DataConfig, open_images, subset
 from rae.evaluation.class_agreement import numbered_alike
 from rae.evaluation.frechet import PARTS
-from rae.evaluation.judge import INCEPTION, PRDC_NEIGHBOURS, judge, judge_pairs
+from rae.evaluation.judge import INCEPTION, PRDC_NEIGHBOURS, judge, judge_pairs, left_out
 from rae.evaluation.pretrained import load_lpips
 from rae.evaluation.reference import save_reference
 from rae.evaluation.uncertainty import written
@@ -101,17 +101,24 @@ def write_reference(
     found = look_at(images, size, look, parts, source=data.source, keep=keep, what="reference")
     if not process_state().is_main_process:
         return
-    _save(found, look, out)
+    about = _about(found, images)
+    _save(found, about, look, out)
     shutil.rmtree(parts)
-    table = Table("extractor", "images", "rows kept", "written")
+    table = Table("extractor", "images", "left out, unreadable", "rows kept", "written")
     for name, features_of in found.sets.items():
-        table.add_row(name, f"{features_of.count:,}", f"{len(features_of.rows['features']):,}", escape(str(out)))
+        counts = features_of.count, about["skipped"], len(features_of.rows["features"])
+        table.add_row(name, *(f"{count:,}" for count in counts), escape(str(out)))
     Console().print(table)
 
 
-def _save(found: Features, look: Look, path: Path) -> None:
+def _about(found: Features, images: Images | None) -> dict[str, Any]:
+    """What the features are of, and how many images were left out; of features from a file, the file tells."""
+    return found.about | ({"skipped": len(images) - len(found.read)} if images else {})
+
+
+def _save(found: Features, about: dict[str, Any], look: Look, path: Path) -> None:
     described = {name: extractor.describe() for name, extractor in look.extractors.items()}
-    save_reference(path, found.sets, extractors=described, **found.about)
+    save_reference(path, found.sets, extractors=described, **about)
 
 
 # --- rae evaluate ----------------------------------------------------------------------------------------------------
@@ -181,19 +188,25 @@ def evaluate(
     whole = _look_at_reference(judged, given, own, look, out / "reference")
     if not process_state().is_main_process:
         return None
-    if judged.originals or (given.images and not given.moments):
-        _save(whole, look, out / "reference.safetensors")
+    compared = judged.originals or given.images  # None: features from a file
+    subject_about, reference_about = _about(own, judged.images), _about(whole, compared)
+    if compared and not (given and given.moments):
+        _save(whole, reference_about, look, out / "reference.safetensors")
     role = role_of(subject, given) if given else UNKNOWN
     figures = judge_pairs(judged.originals, judged.images, distance, batch) if judged.originals else {}
+    missing = {}
     for name in look.extractors:
         figures |= judge(own.sets[name], whole.sets[name], name)
+        missing |= left_out(own.sets[name], name)
     found = {
         "format": FORMAT,
-        "subject": {"kind": judged.kind} | own.about | {"protocol": judged.protocol},
-        "reference": whole.about | {"role": role},
+        "subject": {"kind": judged.kind} | subject_about | {"protocol": judged.protocol},
+        "reference": reference_about | {"role": role},
         "extractors": {name: extractor.describe() for name, extractor in look.extractors.items()},
         "figures": {name: figure._asdict() for name, figure in figures.items()},
-        "flags": _flags(judged, own, whole, given, role, data.on_broken),
+        "left_out": {name: figure._asdict() for name, figure in missing.items()},
+        "flags": _skipped(subject=subject_about, reference=reference_about)
+        + _flags(judged, own, whole, given, role, data.on_broken),
         "made": {
             "rae": importlib.metadata.version("rae"),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -264,6 +277,14 @@ def _look_at_reference(judged: Subject, given: Reference | None, own: Features, 
 # --- what a reader should know ---------------------------------------------------------------------------------------
 
 
+def _skipped(**sets: dict[str, Any]) -> list[str]:
+    return [
+        f"{missing:,} of {about['images'] + missing:,} images of the {whose} cannot be read and are left out"
+        for whose, about in sets.items()
+        if (missing := about["skipped"])
+    ]
+
+
 def _flags(
     judged: Subject, own: Features, whole: Features, given: Reference | None, role: str, on_broken: str
 ) -> list[str]:
@@ -282,11 +303,6 @@ def _flags(
                 f"{count:,} images are no more than the {width:,} features of {name}: Frechet distances of so few are "
                 "far too large, and only compare with others of as many images"
             )
-        if count // PARTS[-1] <= width:  # the smallest part, through which the line to infinity goes
-            flags.append(
-                f"the distance of infinitely many images by {name} is of no use: it takes more than "
-                f"{PARTS[-1] * (width + 1) - 1:,} images for {width:,} features, there are {count:,}"
-            )
     if given and given.moments:
         flags.append(f"nothing in {whole.about['source']} says by which network and resizing its moments were made")
         if "spatial" not in given.moments:
@@ -295,10 +311,6 @@ def _flags(
         flags.append(f"{compressed:,} of the subject's images are JPEG files, whose artefacts are judged with them")
     if judged.protocol.get("precision", "float32") != "float32":
         flags.append(f"sampled in {judged.protocol['precision']}; published figures are of float32")
-    compared = judged.originals or (given and given.images)  # None: features from a file, which knows nothing of it
-    for whose, images, found in (("subject", judged.images, own), ("reference", compared, whole)):
-        if images and (missing := len(images) - len(found.read)):
-            flags.append(f"{missing:,} of {len(images):,} images of the {whose} cannot be read and are left out")
     ours, theirs = (next(iter(found.sets.values())).classes for found in (own, whole))
     known = given.source if given and given.images else None
     for whose, source, classes in (("subject", judged.source, ours), ("reference", known, theirs)):
@@ -330,6 +342,8 @@ def _print(found: dict[str, Any], out: Path) -> None:
     for figure in found["figures"].values():
         value = written(figure["value"], figure["error"])
         table.add_row(escape(figure["title"]), value, figure["better"], figure["protocol"])
+    for figure in found["left_out"].values():
+        table.add_row(escape(figure["title"]), "left out", "", figure["why"])
     Console().print(table)
     for flag in found["flags"]:
         say(f"note: {flag}")

@@ -211,6 +211,11 @@ class Extrapolation(NamedTuple):
     distances: tuple[float, ...]
 
 
+def least_to_infinity(dim: int) -> int:
+    """4 (d + 1): of so many samples on, each of 4 parts has more images than features."""
+    return PARTS[-1] * (dim + 1)
+
+
 def frechet_to_infinity(samples: Tensor, reference: Normal, *, seed: int = 0) -> Extrapolation:
     """The intercept of a line through the distance over 1/N, at N, N/2 and N/4 (Chong and Forsyth 2019, section 4).
 
@@ -219,7 +224,8 @@ def frechet_to_infinity(samples: Tensor, reference: Normal, *, seed: int = 0) ->
     distances, so its derivative by the weight of an image is as well, and gives the error.
 
     The law 1/N holds where N/4 is well above d. For N from d to 5 d the line leaves a tenth to a quarter of the bias in
-    trials, of either sign. The reference is finite too, and stays as it is.
+    trials, of either sign. From `least_to_infinity` on no part has fewer images than it takes for a covariance of full
+    rank. The reference is finite too, and stays as it is.
 
     Args:
         samples: x [N,d], N at least 8.

@@ -9,7 +9,7 @@ from torch import Tensor
 from rae.data.image_set import Images
 from rae.data.images import to_tensor, to_unit
 from rae.evaluation.class_agreement import NEIGHBOURS, class_agreement, numbered_alike, real_agreement
-from rae.evaluation.frechet import frechet_measured, frechet_to_infinity, normal
+from rae.evaluation.frechet import frechet_measured, frechet_to_infinity, least_to_infinity, normal
 from rae.evaluation.inception_score import SPLIT, inception_score
 from rae.evaluation.kernel_distance import kernel_distance
 from rae.evaluation.lpips import LPIPS
@@ -40,6 +40,28 @@ class Figure(NamedTuple):
     protocol: str
 
 
+class LeftOut(NamedTuple):
+    """A figure that is not given.
+
+    Attributes:
+        title: what it would be called.
+        why: and what it takes.
+    """
+
+    title: str
+    why: str
+
+
+def left_out(samples: FeatureSet, extractor: str) -> dict[str, LeftOut]:
+    """Figures that `judge` does not give of so few samples: "METRIC/EXTRACTOR" => why."""
+    count, dim = samples.rows["features"].shape
+    if count >= (least := least_to_infinity(dim)):
+        return {}
+    title = f"{_distance(extractor)} of infinitely many{_suffix(extractor)}"
+    why = f"its line takes more images than features in N / 4: of {dim:,} at least {least:,}, there are {count:,}"
+    return {f"frechet_infinite/{extractor}": LeftOut(title, why)}
+
+
 def judge(samples: FeatureSet, reference: FeatureSet, extractor: str) -> dict[str, Figure]:
     """Figures of samples against a reference, by the features of one extractor, whatever order the images are in.
 
@@ -49,7 +71,7 @@ def judge(samples: FeatureSet, reference: FeatureSet, extractor: str) -> dict[st
         extractor: its name; "inception" has more to tell than encoders.
 
     Returns:
-        "METRIC/EXTRACTOR" => figure.
+        "METRIC/EXTRACTOR" => figure, without those of `left_out`.
 
     Raises:
         ValueError: too few images for a metric, other dimensions, features that are not finite.
@@ -58,14 +80,17 @@ def judge(samples: FeatureSet, reference: FeatureSet, extractor: str) -> dict[st
     rows, known = samples.rows["features"], reference.rows["features"]
     of = "images of a number not known" if reference.count is None else f"{reference.count:,} images"
     against, among = f"{len(rows):,} images against {of}", f"{len(rows):,} images against {len(known):,}"
-    short, suffix = ("FID", "") if extractor == INCEPTION else ("FD", f" ({extractor})")
-    distance = frechet_to_infinity(rows, normal(*reference.moments["features"]))
-    line = f"{against}; by the line through N, N / 2 and N / 4 of them, divided by digest"
-    figures = {
-        "frechet": _figure(f"{short}{suffix}", distance.finite, "lower", against),
-        "frechet_infinite": _figure(f"{short} of infinitely many{suffix}", distance.infinite, "lower", line),
-        "kid": _figure(f"KID{suffix}", kernel_distance(rows, known), "lower", f"{among}, all pairs"),
-    }
+    short, suffix = _distance(extractor), _suffix(extractor)
+    figures, normal_reference = {}, normal(*reference.moments["features"])
+    if left_out(samples, extractor):
+        figures["frechet"] = _figure(f"{short}{suffix}", frechet_measured(rows, normal_reference), "lower", against)
+    else:
+        distance = frechet_to_infinity(rows, normal_reference)
+        line = f"{against}; by the line through N, N / 2 and N / 4 of them, divided by digest"
+        figures["frechet"] = _figure(f"{short}{suffix}", distance.finite, "lower", against)
+        title = f"{short} of infinitely many{suffix}"
+        figures["frechet_infinite"] = _figure(title, distance.infinite, "lower", line)
+    figures["kid"] = _figure(f"KID{suffix}", kernel_distance(rows, known), "lower", f"{among}, all pairs")
     own, real = (
         manifold(each, k=PRDC_NEIGHBOURS, name=name) for name, each in (("samples", rows), ("reference", known))
     )
@@ -120,6 +145,14 @@ def _pairs(originals: Images, images: Images, batch: int) -> Iterator[tuple[Tens
     for start in range(0, len(images), batch):
         chunk = range(start, min(start + batch, len(images)))
         yield tuple(to_unit(torch.stack([to_tensor(each.read(i)) for i in chunk])) for each in (images, originals))
+
+
+def _distance(extractor: str) -> str:
+    return "FID" if extractor == INCEPTION else "FD"
+
+
+def _suffix(extractor: str) -> str:
+    return "" if extractor == INCEPTION else f" ({extractor})"
 
 
 def _figure(title: str, measured: Measured, better: Literal["lower", "higher"], protocol: str) -> Figure:

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -77,6 +77,7 @@ class ReferenceAbout(Config):
         source: the images, as they were named.
         identity: of the images (`Images.identity`).
         images: N.
+        skipped: images besides these N that could not be read; None = in a file of an earlier version.
         size: (H, W) in pixels that the extractors were given.
         crop: how the images came to that size.
         extractors: name => `Extractor.describe()`, its identity among it.
@@ -88,6 +89,7 @@ class ReferenceAbout(Config):
     source: str
     identity: str
     images: PositiveInt
+    skipped: NonNegativeInt | None = None
     size: Size
     crop: str
     extractors: dict[str, dict[str, Any]]
