@@ -1,19 +1,23 @@
 """Studies: rows that a kill does not lose, protocols that do not mix, intervals, and the page."""
 
 import fcntl
+import itertools
 import json
 import math
 import os
 import re
 import signal
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import png
 
 from rae.evaluation.report import curves
 from rae.experiments import NAMES, find_study
-from rae.experiments.frame import Difference, Results, Study, Verdict, draws, seed_of
+from rae.experiments.drawing import ABOVE, BELOW, GAP, SCALE, read_picture, sheet
+from rae.experiments.frame import Difference, Drawing, Results, Study, Verdict, draws, seed_of
 from rae.experiments.runner import run_study
 
 CALLS = []  # (setting, seed) of every run that was made, in order
@@ -321,6 +325,81 @@ def test_a_page_says_what_the_rows_say(tmp_path):
     assert CALLS == []
     assert page.read_text() == PAGE
     assert (tmp_path / "small.svg").read_text().startswith("<svg")
+
+
+# --- the picture
+
+
+def grey(own, configs, results, place, say):
+    CALLS.append("picture")
+    say(f"of {results['b', 'loss'].count} rows")
+    return np.full((2, 3, 3), own["grey"], np.uint8), f"Grey of {own['grey']}, σ < 1."
+
+
+def drawing(**protocol) -> Drawing:
+    return Drawing(protocol={"grey": 7, "sizes": (1, 2)} | protocol, quick={"grey": 8}, cost="nothing", draw=grey)
+
+
+def test_a_picture_is_drawn_once_all_rows_are_there_and_by_another_protocol_again(tmp_path, capsys):
+    page = run_study(study(drawing=drawing()), tmp_path, seeds=2)
+    assert CALLS[-1] == "picture"
+    assert "of 2 rows" in capsys.readouterr().err
+    with Image.open(tmp_path / "small.png") as image:
+        assert np.asarray(image).tolist() == [[[7] * 3] * 3] * 2
+    found = read_picture(tmp_path / "small.png")
+    assert found.caption == "Grey of 7, σ < 1."
+    assert found.made_of["protocol"] == {"grey": 7, "sizes": [1, 2]}
+    assert found.made_of["settings"]["b"] == {"steps": 10, "shift": 1.0}
+    assert "![What the models make](small.png)\n\nGrey of 7, σ \\< 1. Drawn at commit" in page.read_text()
+
+    CALLS.clear()
+    run_study(study(drawing=drawing()), tmp_path, seeds=3)
+    assert "picture" not in CALLS
+    assert "small.png is there already" in capsys.readouterr().err
+    run_study(study(drawing=drawing(grey=9)), tmp_path, seeds=3)
+    assert CALLS[-1] == "picture"
+    assert "small.png is of another protocol: it is drawn again" in capsys.readouterr().err
+    assert read_picture(tmp_path / "small.png").caption.startswith("Grey of 9")
+
+
+def test_the_quick_picture_and_a_study_without(tmp_path):
+    page = run_study(study(drawing=drawing()), tmp_path, seeds=1, quick=True)
+    assert "Grey of 8" in page.read_text()
+    run_study(study(), tmp_path / "none", seeds=1)
+    assert not (tmp_path / "none/small.png").exists()
+
+
+def test_no_picture_of_rows_that_are_missing(tmp_path):
+    def fails(config, setting, seed, place):
+        raise FloatingPointError("the loss is nan")
+
+    with pytest.raises(FloatingPointError):
+        run_study(study(drawing=drawing(), run=fails), tmp_path, seeds=1)
+    assert CALLS == []
+    assert not (tmp_path / "small.png").exists()
+
+
+def test_a_file_that_is_no_picture_of_a_study_is_refused(tmp_path):
+    (tmp_path / "small.png").write_bytes(png(0))
+    with pytest.raises(ValueError, match=r"small.png is no picture of a study .*take it away"):
+        run_study(study(drawing=drawing()), tmp_path, seeds=1)
+    (tmp_path / "small.png").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"small.png is no picture of a study"):
+        read_picture(tmp_path / "small.png")
+    assert read_picture(tmp_path / "other.png") is None
+
+
+def test_a_sheet_draws_every_pixel_as_a_square_on_white():
+    images = torch.randint(0, 255, (2, 3, 3, 5, 4), dtype=torch.uint8)
+    found = sheet(list(images), ["a", "b", "c"], [["", "1", "2"], ["3", "", ""]])
+    assert found.shape == (ABOVE + 2 * (5 * SCALE + BELOW), GAP + 3 * (4 * SCALE + GAP), 3)
+    for r, c in itertools.product(range(2), range(3)):
+        top, left = ABOVE + r * (5 * SCALE + BELOW), GAP + c * (4 * SCALE + GAP)
+        drawn = found[top : top + 5 * SCALE, left : left + 4 * SCALE]
+        assert (drawn == np.kron(images[r, c].permute(1, 2, 0), np.ones((SCALE, SCALE, 1)))).all()
+    under = found[-BELOW:]
+    assert (under[:, : GAP + 4 * SCALE] < 255).any(), "a text"
+    assert (under[:, -4 * SCALE - GAP :] == 255).all(), "none"
 
 
 # --- the list

@@ -1,30 +1,25 @@
 """The study `overfit`: widths, latents of several layers, what is evaluated on networks that are known, the verdict."""
 
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tiny import png, save_encoder
 
 from rae.autoencoder.encoders import load_encoder
 from rae.data.images import open_images
 from rae.diffusion.dit import DiTDHConfig
 from rae.diffusion.flow import Flow
+from rae.experiments import overfit_picture
+from rae.experiments.drawing import ABOVE, GAP, SCALE, read_picture
 from rae.experiments.frame import Place, Results
-from rae.experiments.overfit import (
-    NARROW_HEAD,
-    PAIRS,
-    SETTINGS,
-    STUDY,
-    WIDE_HEAD,
-    evaluate,
-    image_latents,
-    judge,
-    network_config,
-    sample_error,
-)
+from rae.experiments.one_image import evaluate, image_latents, network_config, relative_error, sample
+from rae.experiments.overfit import NARROW_HEAD, PAIRS, SETTINGS, STUDY, WIDE_HEAD, judge
 from rae.experiments.runner import run_study
 
 TINY = {"image_size": 16, "steps": 3, "batch": 2, "evaluated": 8, "samples": 2, "sampling_steps": 2, "heads": 1}
@@ -108,6 +103,10 @@ def to_the_image(x):
     return lambda x_t, t, y: (x_t - x) / t[:, None, None, None]
 
 
+def sample_error(network, x, **asked) -> float:
+    return relative_error(sample(network, Flow(shift=1.0), x, TINY | asked, 0), x)
+
+
 def half_blind(x):
     """The same without the second half of the numbers, which are left at their mean over the noise: -x."""
 
@@ -127,7 +126,7 @@ def latents() -> torch.Tensor:
 
 def test_a_network_that_knows_the_image_has_no_loss_and_no_error(latents):
     assert evaluate(to_the_image(latents), Flow(shift=1.0), latents, 64, 0) == (pytest.approx(0, abs=1e-9),) * 2
-    assert sample_error(to_the_image(latents), Flow(shift=1.0), latents, dict(TINY, sampling_steps=5), 0) < 1e-9
+    assert sample_error(to_the_image(latents), latents, sampling_steps=5) < 1e-9
 
 
 def test_a_network_of_half_the_width_has_half_the_noise(latents):
@@ -135,12 +134,12 @@ def test_a_network_of_half_the_width_has_half_the_noise(latents):
     chance = 4 * (2 / (256 * 4 * 32)) ** 0.5  # four standard deviations, of a mean of squares of normal numbers
     assert loss == pytest.approx(0.5, abs=0.5 * chance)
     assert late == pytest.approx(0.5, abs=0.6 * chance)
-    error = sample_error(half_blind(latents), Flow(shift=1.0), latents, {"samples": 64, "sampling_steps": 5}, 0)
+    error = sample_error(half_blind(latents), latents, samples=64, sampling_steps=5)
     assert error == pytest.approx(0.5, abs=1.0 * chance)
 
 
 def test_the_error_of_pure_noise_is_two(latents):
-    nothing = sample_error(lambda x_t, t, y: torch.zeros_like(x_t), Flow(shift=1.0), latents, dict(TINY, samples=64), 0)
+    nothing = sample_error(lambda x_t, t, y: torch.zeros_like(x_t), latents, samples=64)
     assert nothing == pytest.approx(2, abs=0.1)  # |noise|^2 + |x|^2
 
 
@@ -154,11 +153,68 @@ def test_a_run_is_made_again_to_the_same_numbers(encoder, pictures):
     assert (narrow["width"], narrow["bound"]) == (8, pytest.approx(0.5))
 
 
-def test_a_few_steps_of_every_setting(encoder, pictures, tmp_path):
+def test_a_few_steps_of_every_setting_and_a_picture(encoder, pictures, tmp_path, monkeypatch):
     changes = {"encoder": str(encoder), "image_size": 16, "layers": 1, "heads": 1}
-    page = run_study(STUDY, tmp_path, seeds=1, quick=True, source=str(pictures), changes=changes)
+    asked = {"seeds": 1, "quick": True, "source": str(pictures), "work": tmp_path / "work", "changes": changes}
+    page = run_study(STUDY, tmp_path, **asked)
     assert "QUICK" in page.read_text()
+    assert "![What the models make](overfit.png)" in page.read_text()
     assert {path.name for path in tmp_path.iterdir()} >= {"overfit.jsonl", "overfit.svg", "overfit-3.svg"}
+    found = read_picture(tmp_path / "overfit.png")
+    assert "their errors are the same to the last bit" in found.caption
+    assert found.made_of["protocol"]["photographs"] == [0]
+
+    before = (tmp_path / "overfit.png").read_bytes()
+    (tmp_path / "overfit.png").unlink()
+    monkeypatch.setattr(overfit_picture, "learn", None)  # its samples are there
+    run_study(STUDY, tmp_path, **asked)
+    with Image.open(io.BytesIO(before)) as old, Image.open(tmp_path / "overfit.png") as new:
+        assert old.tobytes() == new.tobytes()
+
+
+# --- the picture
+
+
+def test_a_picture_says_how_far_its_samples_are_from_those_of_the_rows(encoder, pictures, tmp_path):
+    own = {**STUDY.drawing.protocol, **STUDY.drawing.quick, "settings": ["d = n/2"]}
+    configs, place = {"d = n/2": config(encoder, "d = n/2", data="two")}, Place(str(pictures), tmp_path / "work")
+    numbers = STUDY.run(configs["d = n/2"], "d = n/2", 0, place)
+    numbers["sample_error"] += 0.25
+    row = {"setting": "d = n/2", "seed": 0, "numbers": numbers, "config": {}}
+    pixels, caption = overfit_picture.draw(own, configs, Results([row]), place, print)
+    assert "their errors are within 0.25." in caption
+    assert pixels.shape[2] == 3
+    photograph = overfit_picture.image(configs["d = n/2"], 0, str(pictures)).permute(1, 2, 0).numpy()
+    top, left, pixel = ABOVE, GAP, SCALE
+    drawn = pixels[top : top + 16 * pixel, left : left + 16 * pixel]
+    assert (drawn == photograph.repeat(pixel, 0).repeat(pixel, 1)).all()
+
+
+def test_crops_are_squares_of_the_images_in_turn(pictures):
+    found, labels = overfit_picture.crops(str(pictures), 5, 16, 0.5)
+    assert found.shape == (5, 16, 16, 3)
+    assert labels.tolist() == [0, 1, 0, 1, 0]
+    assert not (found[0] == found[2]).all()
+    assert (overfit_picture.crops(str(pictures), 5, 16, 0.5)[0] == found).all()
+    whole = open_images(str(pictures)).read(0)
+    side = min(whole.shape[:2])
+    full, _ = overfit_picture.crops(str(pictures), 1, side, 1.0)  # nothing is scaled: a window of the image
+    windows = np.lib.stride_tricks.sliding_window_view(whole, (side, side, 3)).reshape(-1, side, side, 3)
+    assert any((window == full[0]).all() for window in windows)
+
+
+def test_the_decoder_learns_the_crops(encoder, pictures, tmp_path):
+    own = {**STUDY.drawing.protocol, **STUDY.drawing.quick, "decoder_steps": 1}
+    place, described = Place(str(pictures), tmp_path), config(encoder, data="two")
+
+    def error(steps):
+        found = overfit_picture.decoder({**own, "decoder_steps": steps, "tau": 0.0}, described, place)
+        x = image_latents(described, 0, str(pictures))
+        exact = overfit_picture.image(described, 0, str(pictures))[None]
+        return (overfit_picture._decode(found, x).float() - exact.float()).abs().mean()
+
+    assert error(60) < 0.8 * error(1)
+    assert len(list(tmp_path.glob("crops-*.npz"))) == 1
 
 
 # --- the verdict

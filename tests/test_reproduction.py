@@ -1,10 +1,12 @@
 """docs/reproduction.md says what the committed rows say. Run as a script, this file writes it."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from rae.experiments import NAMES, find_study
+from rae.experiments.drawing import read_picture
 from rae.experiments.frame import Row, Study
 from rae.experiments.page import overview, write_page
 from rae.experiments.runner import read_rows
@@ -33,6 +35,8 @@ def test_no_results_are_of_a_study_that_is_gone():
 
 @pytest.mark.parametrize("name", [name for name in NAMES if (RESULTS / f"{name}.jsonl").exists()])
 def test_pages_are_those_of_their_rows(name, tmp_path):
+    if (RESULTS / f"{name}.png").exists():
+        shutil.copy(RESULTS / f"{name}.png", tmp_path)
     page = write_page(find_study(name), rows_of(find_study(name)), tmp_path)
     assert (RESULTS / page.name).read_text() == page.read_text(), f"run: rae experiment {name}"
     assert all((RESULTS / made.name).exists() for made in tmp_path.iterdir())  # drawn by any version of matplotlib
@@ -46,6 +50,16 @@ def test_rows_are_of_the_protocol_that_is_declared(name):
         declared = {**study.protocol, **study.settings[row["setting"]]}
         assert row["config"].keys() - declared.keys() <= {"data"}
         assert {key: row["config"][key] for key in declared} == declared, "the protocol was changed since"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if (RESULTS / f"{name}.png").exists()])
+def test_pictures_are_of_the_protocol_that_is_declared(name):
+    study, file = find_study(name), RESULTS / f"{name}.png"
+    made_of = read_picture(file).made_of
+    assert made_of["protocol"] == study.drawing.protocol
+    assert made_of["settings"] == {row["setting"]: row["config"] for row in rows_of(study)}
+    assert "dirty" not in (made_of["commit"] or "dirty"), "run from a commit"
+    assert file.stat().st_size < 300_000
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     frame.py    what a study is: a question, a claim, a protocol, a rule
     runner.py   runs what is missing of it, in rows that a killed run does not lose
     page.py     rows => a table, figures, a verdict
+    drawing.py  a picture of what the models make, as a file that says what it was made of
 
-Every other file is one study, `STUDY`, or what several of them share.
+Every other file is one study, `STUDY`, a part of it, or what several of them share.
 """
 
 import difflib

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from rae.evaluation.report import Piece
@@ -104,6 +105,24 @@ class Verdict(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """A picture of what a study's models make, drawn once all its rows are there; no row depends on it.
+
+    Attributes:
+        protocol: what it is a function of beside the settings' configs and the rows.
+        quick: what the quick form changes of it.
+        cost: in words.
+        draw: (protocol, setting => config, rows, place, say) => uint8 [H,W,3] and a caption. `say` prints a line of
+            progress. What takes long it keeps in `place.work`, so that it goes on where it was killed.
+    """
+
+    protocol: Config
+    quick: Config
+    cost: str
+    draw: Callable[[Config, Mapping[str, Config], Results, Place, Callable[[str], object]], tuple[np.ndarray, str]]
+
+
+@dataclass(frozen=True)
 class Study:
     """A question to the paper, and how it will be answered.
 
@@ -120,6 +139,7 @@ class Study:
             `seed_of`. It takes minutes at most, or goes on by itself where it was killed.
         shown: number => heading of its column in the table.
         figures: of the rows that there are, which may be few: `curves` and `dots` of evaluation/report.py.
+        drawing: its picture, if it has one.
         source: where its images come from unless the user says otherwise; None = it reads none. What they are is
             added to the protocol, as "data".
         seeds: how many, from 0; fewer than 3 where `cost` says why.
@@ -139,6 +159,7 @@ class Study:
     run: Callable[[Config, str, int, Place], Numbers]
     shown: Mapping[str, str]
     figures: Callable[[Results], Sequence[Piece]]
+    drawing: Drawing | None = None
     source: str | None = None
     seeds: int = 3
     paper: Mapping[str, Mapping[str, float]] | None = None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rae.evaluation.report import Piece, code, folded, heading, markdown, note, paragraph, table
+from rae.experiments.drawing import read_picture
 from rae.experiments.frame import Difference, Results, Row, Study, Summary, Verdict
 from rae.folders import aside
 
@@ -16,7 +17,7 @@ QUICK = "QUICK: a few steps of a few numbers, to show that the code runs. The fi
 
 
 def write_page(study: Study, rows: Sequence[Row], out: Path) -> Path:
-    """Write `out`/NAME.md and its figures NAME.svg, NAME-2.svg, ..., of the rows that there are.
+    """Write `out`/NAME.md and its figures NAME.svg, NAME-2.svg, ..., of the rows, and of NAME.png if it is there.
 
     Args:
         study: which one.
@@ -39,7 +40,7 @@ def write_page(study: Study, rows: Sequence[Row], out: Path) -> Path:
         head.append(note(f"{len(missing)} of {len(study.settings) * seeds} runs are missing: {shown}."))
     sections = {
         "": head,
-        "Results": [*_results(study, results), *study.figures(results)] if rows else [],
+        "Results": [*_results(study, results), *study.figures(results), *_picture(study, out)] if rows else [],
         "How it was decided": [paragraph(study.rule)],
         "How it was done": [*_protocol(study, rows), _cost(rows)] if rows else [],
     }
@@ -109,6 +110,16 @@ def _results(study: Study, results: Results) -> list[Piece]:
         pieces.append(paragraph("Differences, seed by seed, ± the standard error of their mean:"))
         pieces.append(table(["number", "difference", "value"], lines))
     return pieces
+
+
+def _picture(study: Study, out: Path) -> list[Piece]:
+    """The picture, where it has been drawn, with what it says of itself."""
+    file = out / f"{study.name}.png"
+    picture = read_picture(file) if study.drawing else None
+    if picture is None:
+        return []
+    link = Piece("", lambda _: f"![What the models make]({file.name})")
+    return [link, paragraph(f"{picture.caption} Drawn at commit {picture.made_of['commit'] or 'unknown'}.")]
 
 
 def _cell(value: Summary, paper: float | None) -> str:

@@ -1,6 +1,7 @@
 """A study is run: every (setting, seed) once, in rows that a killed run does not lose.
 
     results/NAME.jsonl      one line for each (setting, seed); lines are added, never changed
+    results/NAME.png        a picture, where the study has one, drawn once all rows are there (drawing.py)
     results/NAME.md, .svg   what they say, written anew after every run (page.py)
 
 A row holds all that its numbers are a function of, so rows of another protocol are told apart and refused.
@@ -27,7 +28,8 @@ from rich.markup import escape
 
 from rae.data.images import open_images
 from rae.evaluation.report import check_plots
-from rae.experiments.frame import Config, Place, Row, Study
+from rae.experiments.drawing import read_picture, write_picture
+from rae.experiments.frame import Config, Drawing, Place, Results, Row, Study
 from rae.experiments.page import write_page
 from rae.folders import fsync
 from rae.sources import cache_folder
@@ -86,6 +88,8 @@ def run_study(
         _declare(study, console, quick)
         try:
             _run_missing(study, configs, range(seeds), place, rows, append, console)
+            if study.drawing:
+                _draw(study.drawing, configs, rows, place, out / f"{study.name}.png", console)
         finally:  # a page of what there is, however it ends
             page = write_page(study, rows, out)
     console.print(f"[green]{escape(str(page))}")
@@ -141,6 +145,25 @@ def _left(rows: Sequence[Row], pending: Sequence[tuple[str, int]]) -> float:
     mean = statistics.fmean(row["seconds"] for row in rows)
     took = {row["setting"]: row["seconds"] for row in rows}
     return sum(took.get(setting, mean) for setting, _ in pending)
+
+
+def _draw(
+    drawing: Drawing, configs: Mapping[str, Config], rows: Sequence[Row], place: Place, file: Path, console: Console
+) -> None:
+    """Draw a study's picture, unless it is there."""
+    quick = any("quick" in config for config in configs.values())
+    own = json.loads(json.dumps({**drawing.protocol, **(drawing.quick if quick else {})}))
+    made_of, found = {"protocol": own, "settings": configs}, read_picture(file)
+    if found and made_of.items() <= found.made_of.items():
+        console.print(f"{escape(str(file))} is there already")
+        return
+    if found:
+        console.print(f"[yellow]{escape(str(file))} is of another protocol: it is drawn again")
+    console.print(f"drawing {escape(str(file))}: {'seconds' if quick else drawing.cost}")
+    where = _environment()
+    pixels, caption = drawing.draw(own, configs, Results(rows), place, lambda text: console.print(escape(text)))
+    write_picture(file, pixels, caption, made_of | where)
+    console.print(f"{escape(str(file))}: {escape(caption)}")
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
