@@ -101,3 +101,23 @@ def test_commands_take_them(run, runs, sources, tmp_path, kind):
         found.append(LatentStats.load(tmp_path / "stats.safetensors"))
     assert torch.equal(found[0].mean, found[1].mean)
     assert torch.equal(found[0].m2, found[1].m2)
+
+
+def test_figures_are_those_of_the_folder(run, encoder, sources, tmp_path):
+    """Also of a table whose images are bytes by another name."""
+    table = datasets.load_from_disk(sources["table"]).cast_column("image", datasets.Image(decode=False))
+    plain = table.add_column("jpg", [row["bytes"] for row in table["image"]]).remove_columns("image")
+    plain.to_parquet(tmp_path / "plain.parquet")
+    for i in range(12):
+        other = np.random.default_rng(99 + i).integers(0, 200, (24, 30, 3), dtype=np.uint8)
+        (tmp_path / "other").mkdir(exist_ok=True)
+        Image.fromarray(other).save(tmp_path / f"other/{i}.png")
+    found = []
+    for kind, source in (sources | {"plain": tmp_path / "plain.parquet"}).items():
+        look = ["--features", encoder, "--input-size", 16, "--out", tmp_path / kind]
+        run("evaluate", source, *look, "--reference", tmp_path / "other")
+        figures = json.loads((tmp_path / kind / "evaluation.json").read_text())["figures"]
+        found.append({name: figure["value"] for name, figure in figures.items()})
+    assert len(found) == 4
+    for figures in found:
+        assert figures == pytest.approx(found[0], rel=1e-6)

@@ -111,11 +111,14 @@ def test_held_out_part_is_apart_and_complete():
     [
         (lambda root: root / "nowhere", "no such folder"),
         (lambda root: root / "empty", "holds no images"),
+        (lambda root: root / "hub", r"hub holds no images .* There are \.parquet files in .*/hub/data: write that\."),
         (lambda root: root, "3 images and also 1 folders"),
     ],
 )
 def test_unusable_folders(tmp_path, make, message):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "hub/data").mkdir(parents=True)  # as the hub's data sets lie on the disk
+    (tmp_path / "hub/data/train.parquet").touch()
     for name in ("0.png", "1.png", "2.png", "sub/3.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.fromarray(picture(8, 8)).save(tmp_path / name)

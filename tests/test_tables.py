@@ -141,7 +141,7 @@ def test_columns_are_named_where_there_are_several(tmp_path):
     source = parquet(
         rows(range(3), mask=(Image(), masks), tone=(ClassLabel(names=["a", "b"]), [1, 0, 1])), tmp_path / "x.parquet"
     )
-    with pytest.raises(ImageError, match=r"2 columns of type Image \(image, mask\).* name the one with data\.image"):
+    with pytest.raises(ImageError, match=r"2 columns of type Image \(image, mask\).* name the one with --image, in a"):
         open_images(source)
     with pytest.raises(ImageError, match=r"2 columns of classes \(label, tone\).*data\.label"):
         open_images(source, image="mask")
@@ -162,11 +162,17 @@ def test_bytes_that_do_not_say_that_they_are_images(tmp_path, shape):
     values = [png(s) if shape == "binary" else {"bytes": png(s), "path": None} for s in range(2)]
     kind = Value("binary") if shape == "binary" else {"bytes": Value("binary"), "path": Value("string")}
     source = parquet(Dataset.from_dict({"jpg": values}, Features(jpg=kind)), tmp_path / "x.parquet")
-    with pytest.raises(ImageError, match=r"0 columns of type Image, of the columns jpg"):
-        open_images(source)
-    images = open_images(source, image="jpg")
-    assert (images.labels, images.class_names) == ([0, 0], None)
-    np.testing.assert_array_equal(images[1][0], picture(1))
+    for images in (open_images(source), open_images(source, image="jpg")):
+        assert (images.labels, images.class_names) == ([0, 0], None)
+        np.testing.assert_array_equal(images[1][0], picture(1))
+    two = Dataset.from_dict({"jpg": values, "mask": values}, Features(jpg=kind, mask=kind))
+    with pytest.raises(ImageError, match=r"2 columns of images \(jpg, mask\), of the columns jpg, mask: name the one"):
+        open_images(parquet(two, tmp_path / "two.parquet"))
+    typed = Dataset.from_dict({"jpg": values, "image": values}, Features(jpg=kind, image=Image()))
+    assert open_images(parquet(typed, tmp_path / "typed.parquet"))  # a type that says so goes first
+    none = Dataset.from_dict({"label": [1, 2]})
+    with pytest.raises(ImageError, match=r"0 columns of images, of the columns label: .* a struct with bytes\)"):
+        open_images(parquet(none, tmp_path / "none.parquet"))
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,9 @@ def open_folder(root: Path) -> Images:
         unread = f"; {_counted(other)} are there: convert them" if other else ""
         kinds = f"({', '.join(SUFFIXES)}), and no {', '.join(FOLDER_SUFFIXES)} files"
         batches = f" Its .npz files must be named: {root}/*.npz." if any(root.glob("*.npz")) else ""
-        raise ImageError(f"{root} holds no images {kinds}{unread}.{batches}")
+        inside = next((path for path in sorted(root.rglob("*")) if path.suffix in FOLDER_SUFFIXES), None)
+        tables = f" There are {inside.suffix} files in {inside.parent}: write that." if inside else ""
+        raise ImageError(f"{root} holds no images {kinds}{unread}.{batches}{tables}")
     if other:
         warnings.warn(
             f"{root}: images of kinds that are not read are passed over: {_counted(other)} ({root / other[0]}, for "

@@ -19,6 +19,7 @@ from rae.data.image_set import ImageError, Images, digest, read_image
 
 HUB = re.compile(r"hf(-stream)?:(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[^:@]+))?(@(?P<split>[^@]+))?")
 LABEL = "label"  # what a column of classes that does not say so by its type is mostly called
+IMAGE_TYPES = "images are of type Image, or the bytes of files (binary, or a struct with bytes)."
 ROOM = "Rows are copied into the cache of datasets: HF_DATASETS_CACHE names a place with room for them."
 REACH = (
     "Check owner, name, configuration and split; `hf auth login` opens those behind a licence; HF_ENDPOINT names a "
@@ -122,25 +123,29 @@ def _undecoded(table: Any, column: str) -> Any:
 
 
 def image_column(features: Mapping[str, Any], where: str, name: str | None) -> str:
-    """Which column holds the images: the one that is named, or the only one of type Image."""
+    """Which column holds the images: the one that is named; else the only one of type Image, or else of bytes."""
     import datasets
 
+    typed = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
+    of_bytes = [column for column, kind in features.items() if _holds_bytes(kind)]
     if name is None:
-        found = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
-        if len(found) != 1:
+        if len(found := typed or of_bytes) != 1:
+            remedy = "name the one with --image, in a recipe data.image." if found else IMAGE_TYPES
             raise ImageError(
-                f"{where} has {len(found)} columns of type Image{_listed(found)}, of the columns "
-                f"{', '.join(features)}: name the one with data.image."
+                f"{where} has {len(found)} columns of {'type Image' if typed else 'images'}{_listed(found)}, of the "
+                f"columns {', '.join(features)}: {remedy}"
             )
         return found[0]
     kind = _feature(features, where, "image", name)
-    holder = kind.get("bytes") if isinstance(kind, dict) else kind
-    if not isinstance(kind, datasets.Image) and getattr(holder, "dtype", None) not in ("binary", "large_binary"):
-        raise ImageError(
-            f"data.image={name}: this column of {where} is {kind}; images are of type Image, or the bytes of files "
-            "(binary, or a struct with bytes)."
-        )
+    if name not in (*typed, *of_bytes):
+        raise ImageError(f"data.image={name}: this column of {where} is {kind}; {IMAGE_TYPES}")
     return name
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Whether a column of this type holds the content of files: bytes, or a struct with `bytes`."""
+    holder = kind.get("bytes") if isinstance(kind, dict) else kind
+    return getattr(holder, "dtype", None) in ("binary", "large_binary")
 
 
 def label_column(features: Mapping[str, Any], where: str, name: str | None) -> str | None:
