@@ -332,33 +332,40 @@ def test_a_page_says_what_the_rows_say(tmp_path):
 
 def grey(own, configs, results, place, say):
     CALLS.append("picture")
-    say(f"of {results['b', 'loss'].count} rows")
+    say(f"of {results['b', 'loss'].count} seeds")
     return np.full((2, 3, 3), own["grey"], np.uint8), f"Grey of {own['grey']}, σ < 1."
 
 
 def drawing(**protocol) -> Drawing:
-    return Drawing(protocol={"grey": 7, "sizes": (1, 2)} | protocol, quick={"grey": 8}, cost="nothing", draw=grey)
+    return Drawing(
+        protocol={"grey": 7, "sizes": (1, 2), "seeds": [0, 2]} | protocol, quick={"grey": 8}, cost="nothing", draw=grey
+    )
 
 
 def test_a_picture_is_drawn_once_all_rows_are_there_and_by_another_protocol_again(tmp_path, capsys):
     page = run_study(study(drawing=drawing()), tmp_path, seeds=2)
     assert CALLS[-1] == "picture"
-    assert "of 2 rows" in capsys.readouterr().err
+    assert "of 2 seeds" in capsys.readouterr().err
     with Image.open(tmp_path / "small.png") as image:
         assert np.asarray(image).tolist() == [[[7] * 3] * 3] * 2
     found = read_picture(tmp_path / "small.png")
     assert found.caption == "Grey of 7, σ < 1."
-    assert found.made_of["protocol"] == {"grey": 7, "sizes": [1, 2]}
+    assert found.made_of["protocol"] == {"grey": 7, "sizes": [1, 2], "seeds": [0]}  # seed 2 has no rows
     assert found.made_of["settings"]["b"] == {"steps": 10, "shift": 1.0}
     assert "![What the models make](small.png)\n\nGrey of 7, σ \\< 1. Drawn at commit" in page.read_text()
 
     CALLS.clear()
-    run_study(study(drawing=drawing()), tmp_path, seeds=3)
-    assert "picture" not in CALLS
+    run_study(study(drawing=drawing()), tmp_path, seeds=2)
+    assert CALLS == []
     assert "small.png is there already" in capsys.readouterr().err
+    run_study(study(drawing=drawing()), tmp_path, seeds=3)
+    assert CALLS[-1] == "picture"
+    assert read_picture(tmp_path / "small.png").made_of["protocol"]["seeds"] == [0, 2]
+    run_study(study(drawing=drawing()), tmp_path, seeds=4)
+    assert CALLS.count("picture") == 1
     run_study(study(drawing=drawing(grey=9)), tmp_path, seeds=3)
     assert CALLS[-1] == "picture"
-    assert "small.png is of another protocol: it is drawn again" in capsys.readouterr().err
+    assert "small.png is of another protocol, or of fewer seeds: it is drawn again" in capsys.readouterr().err
     assert read_picture(tmp_path / "small.png").caption.startswith("Grey of 9")
 
 
@@ -415,6 +422,9 @@ def test_every_study_is_declared_whole(name):
     assert all(number in study.shown for number, _, _ in study.pairs)
     assert all({a, b} <= study.settings.keys() for _, a, b in study.pairs)
     assert "quick" not in keys
+    if drawing := study.drawing:
+        assert drawing.quick.keys() <= drawing.protocol.keys()
+        assert 0 in drawing.protocol["seeds"]
     assert len(study.rule) > 80
 
 

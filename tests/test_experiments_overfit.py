@@ -162,7 +162,7 @@ def test_a_few_steps_of_every_setting_and_a_picture(encoder, pictures, tmp_path,
     assert {path.name for path in tmp_path.iterdir()} >= {"overfit.jsonl", "overfit.svg", "overfit-3.svg"}
     found = read_picture(tmp_path / "overfit.png")
     assert "their errors are the same to the last bit" in found.caption
-    assert found.made_of["protocol"]["photographs"] == [0]
+    assert found.made_of["protocol"]["seeds"] == [0]
 
     before = (tmp_path / "overfit.png").read_bytes()
     (tmp_path / "overfit.png").unlink()

@@ -109,7 +109,8 @@ class Drawing:
     """A picture of what a study's models make, drawn once all its rows are there; no row depends on it.
 
     Attributes:
-        protocol: what it is a function of beside the settings' configs and the rows.
+        protocol: what it is a function of beside the settings' configs and the rows. Its `seeds` are those that are
+            shown, 0 among them, as far as there are rows of them.
         quick: what the quick form changes of it.
         cost: in words.
         draw: (protocol, setting => config, rows, place, say) => uint8 [H,W,3] and a caption. `say` prints a line of

@@ -25,7 +25,7 @@ from rae.experiments.one_image import image, image_latents, learn, relative_erro
 from rae.folders import aside
 
 PROTOCOL: Config = {
-    "photographs": [0, 1],  # seeds; one row each
+    "seeds": [0, 1],  # each a photograph, and a row of the picture
     "images": 600,  # crops that the decoder is trained on
     "held_out": 16,
     "least": 0.7,  # side of a crop, of the image's shorter one
@@ -36,7 +36,7 @@ PROTOCOL: Config = {
     "decoder_batch": 32,
     "decoder_lr": 3e-3,  # Muon's, as a cosine to a hundredth
 }
-QUICK: Config = {"photographs": [0], "images": 8, "held_out": 4}
+QUICK: Config = {"seeds": [0], "images": 8, "held_out": 4}
 QUICK |= {"decoder": [16, 1, 2, 32], "decoder_steps": 2, "decoder_batch": 4}
 
 
@@ -47,7 +47,7 @@ def draw(
     first = configs[own["settings"][0]]
     autoencoder = decoder(own, first, place)
     rows, texts, quality, apart = [], [], [], 0.0
-    for seed in own["photographs"]:
+    for seed in own["seeds"]:
         pixels, x = image(first, seed, place.source), image_latents(first, seed, place.source)
         exact = _decode(autoencoder, x)
         quality.append(psnr(to_unit(exact), to_unit(pixels[None])).item())

@@ -151,17 +151,18 @@ def _draw(
     drawing: Drawing, configs: Mapping[str, Config], rows: Sequence[Row], place: Place, file: Path, console: Console
 ) -> None:
     """Draw a study's picture, unless it is there."""
-    quick = any("quick" in config for config in configs.values())
+    quick, results = any("quick" in config for config in configs.values()), Results(rows)
     own = json.loads(json.dumps({**drawing.protocol, **(drawing.quick if quick else {})}))
+    own["seeds"] = [seed for seed in own["seeds"] if all(seed in results.seeds(setting) for setting in configs)]
     made_of, found = {"protocol": own, "settings": configs}, read_picture(file)
     if found and made_of.items() <= found.made_of.items():
         console.print(f"{escape(str(file))} is there already")
         return
     if found:
-        console.print(f"[yellow]{escape(str(file))} is of another protocol: it is drawn again")
+        console.print(f"[yellow]{escape(str(file))} is of another protocol, or of fewer seeds: it is drawn again")
     console.print(f"drawing {escape(str(file))}: {'seconds' if quick else drawing.cost}")
     where = _environment()
-    pixels, caption = drawing.draw(own, configs, Results(rows), place, lambda text: console.print(escape(text)))
+    pixels, caption = drawing.draw(own, configs, results, place, lambda text: console.print(escape(text)))
     write_picture(file, pixels, caption, made_of | where)
     console.print(f"{escape(str(file))}: {escape(caption)}")
 
