@@ -161,7 +161,7 @@ def test_a_few_steps_of_every_setting_and_a_picture(encoder, pictures, tmp_path,
     assert "![What the models make](overfit.png)" in page.read_text()
     assert {path.name for path in tmp_path.iterdir()} >= {"overfit.jsonl", "overfit.svg", "overfit-3.svg"}
     found = read_picture(tmp_path / "overfit.png")
-    assert "their errors are the same to the last bit" in found.caption
+    assert "their errors equal those of the rows" in found.caption
     assert found.made_of["protocol"]["seeds"] == [0]
 
     before = (tmp_path / "overfit.png").read_bytes()
@@ -182,12 +182,22 @@ def test_a_picture_says_how_far_its_samples_are_from_those_of_the_rows(encoder, 
     numbers["sample_error"] += 0.25
     row = {"setting": "d = n/2", "seed": 0, "numbers": numbers, "config": {}}
     pixels, caption = overfit_picture.draw(own, configs, Results([row]), place, print)
-    assert "their errors are within 0.25." in caption
+    assert "their errors are within 0.25 of those of the rows." in caption
     assert pixels.shape[2] == 3
     photograph = overfit_picture.image(configs["d = n/2"], 0, str(pictures)).permute(1, 2, 0).numpy()
     top, left, pixel = ABOVE, GAP, SCALE
     drawn = pixels[top : top + 16 * pixel, left : left + 16 * pixel]
     assert (drawn == photograph.repeat(pixel, 0).repeat(pixel, 1)).all()
+
+
+def test_samples_are_kept_by_setting_and_seed(encoder, pictures, tmp_path):
+    described, place = config(encoder), Place(str(pictures), tmp_path / "work")
+    x = image_latents(described, 0, str(pictures))
+    kept = [overfit_picture.samples_of(x, described, *key, place) for key in (("a", 0), ("b", 0), ("a", 1), ("a", 0))]
+    assert torch.equal(kept[0], kept[3])
+    assert not torch.equal(kept[0], kept[1]), "weights start by the setting's name"
+    assert not torch.equal(kept[0], kept[2])
+    assert len(list(place.work.iterdir())) == 3
 
 
 def test_crops_are_squares_of_the_images_in_turn(pictures):

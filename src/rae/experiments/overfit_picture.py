@@ -46,12 +46,11 @@ def draw(
     """Photograph, what its own tokens decode to, a sample of each of `settings`; the caption says how it was made."""
     first = configs[own["settings"][0]]
     autoencoder = decoder(own, first, place)
-    rows, texts, quality, apart = [], [], [], 0.0
+    rows, texts, apart = [], [], 0.0
     for seed in own["seeds"]:
         pixels, x = image(first, seed, place.source), image_latents(first, seed, place.source)
         exact = _decode(autoencoder, x)
-        quality.append(psnr(to_unit(exact), to_unit(pixels[None])).item())
-        row, under = [pixels[None], exact], ["", f"{quality[-1]:.1f} dB"]
+        row, under = [pixels[None], exact], ["", f"{psnr(to_unit(exact), to_unit(pixels[None])).item():.1f} dB"]
         for setting in own["settings"]:
             samples = samples_of(x, configs[setting], setting, seed, place)
             error, was = relative_error(samples, x), results.values(setting, "sample_error")[seed]
@@ -61,25 +60,24 @@ def draw(
             under.append(f"error {error:.2f}")
         rows.append(torch.cat(row))
         texts.append(under)
-    above = [f"{setting}\n(n − d)/n = {results[setting, 'bound'].mean:.2f}" for setting in own["settings"]]
-    return sheet(rows, ["photograph", "its own tokens,\ndecoded", *(_lines(text) for text in above)], texts), (
-        f"Samples of networks that learnt one photograph each, {first['image_size']} pixels a side, decoded from their "
-        "tokens; beside it what the same decoder makes of the photograph's own tokens. Under each its |sample − x|² / "
-        f"|x|² over {first['samples']} samples, of which it is the first. The networks were trained again by the "
-        f"rows' seeds; their errors are {'the same to the last bit' if apart == 0 else f'within {apart:.2g}'}. The "
-        f"decoder was trained for {own['decoder_steps']:,} steps on {own['images']:,} crops of the study's own images, "
-        f"these photographs among them, with little noise (tau = {own['tau']:g}), so that it does not clean samples."
+    above = ["photograph", "its own tokens,\ndecoded"]
+    for setting in own["settings"]:
+        above.append(setting.replace(": ", "\n") + f"\n(n − d)/n = {results[setting, 'bound'].mean:.2f}")
+    agreement = "equal those of the rows" if apart == 0 else f"are within {apart:.2g} of those of the rows"
+    return sheet(rows, above, texts), (
+        f"Each row: a photograph at {first['image_size']} pixels a side, what its own tokens decode to, and a sample "
+        "of each network that learnt it, decoded alike. Under a sample the error |sample − x|² / |x|² over "
+        f"{first['samples']} samples, of which it is the first. The networks were trained again by the rows' seeds; "
+        f"their errors {agreement}. The decoder was trained for {own['decoder_steps']:,} steps on {own['images']:,} "
+        f"crops of the study's images, these photographs among them, with little noise (tau = {own['tau']:g}), so "
+        "that it shows the noise of samples."
     )
-
-
-def _lines(text: str) -> str:
-    """A column's title; that of a DiT-DH has three lines."""
-    return text.replace("DiT-DH: ", "DiT-DH\n")
 
 
 def samples_of(x: Tensor, config: Config, setting: str, seed: int, place: Place) -> Tensor:
     """The samples of the row of (setting, seed), kept in `place.work`: its network is trained again."""
-    file = world.folder_of("overfit", config, tuple(sorted(config)), place, seed=seed).with_suffix(".safetensors")
+    said = {**config, "setting": setting}
+    file = world.folder_of("overfit", said, tuple(said), place, seed=seed).with_suffix(".safetensors")
     if not file.exists():
         samples = sample(*learn(x, config, setting, seed), x, config, seed)
         place.work.mkdir(parents=True, exist_ok=True)
