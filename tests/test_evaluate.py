@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from rae.commands import feature_folder
 from rae.commands import look as look_module
@@ -20,6 +21,7 @@ from rae.data.images import open_images, subset, to_tensor
 from rae.evaluation.features import open_extractor
 from rae.evaluation.frechet import Moments, frechet_distance
 from rae.evaluation.reconstruction import psnr
+from rae.evaluation.reference import pixel_digests
 
 METRICS = ("frechet", "kid", "precision", "recall", "density", "coverage")  # of 21 images, too few for another one
 
@@ -206,6 +208,47 @@ def test_a_reference_keeps_so_many_rows_and_all_moments(sets, look, encoder, run
     assert len(few[f"{encoder}/features"]) == 10
     assert len(all_[f"{encoder}/features"]) == 26
     assert torch.equal(few[f"{encoder}/features.mean"], all_[f"{encoder}/features.mean"])
+
+
+def digests_of(images: np.ndarray) -> torch.Tensor:
+    return pixel_digests(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_which_rows_a_reference_keeps_knows_no_order(encoder, small_chunks, look, run, tmp_path, batch):
+    """40 pictures, and 10 copies of one of them, of both classes in turn."""
+    random = np.random.default_rng(0)
+    images, labels = random.integers(0, 256, (50, 20, 16, 3), dtype=np.uint8), np.arange(50) % 2
+    digests = digests_of(images)
+    images[40:] = images[digests[:40].argsort()[20]]
+    digests, keep = digests_of(images), 24  # 20 pictures, and 4 of the 11 copies: fewer than there are of one class
+    for name, order, how in (("one", np.arange(50), []), ("other", random.permutation(50), ["--batch", batch])):
+        np.savez(tmp_path / f"{name}.npz", arr_0=images[order], arr_1=labels[order])
+        file = tmp_path / f"{name}.safetensors"
+        run("reference", tmp_path / f"{name}.npz", *look, "--keep", keep, *how, "--out", file)
+    one, other = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "other"))
+    assert one.keys() == other.keys()
+    for key in one:
+        torch.testing.assert_close(other[key], one[key], rtol=1e-5, atol=1e-5)
+    assert torch.equal(one[f"{encoder}/digests"], digests.sort().values[:keep])
+    assert one["labels"][-4:].tolist() == [0, 0, 0, 0]
+
+
+def test_rows_that_an_earlier_version_kept_are_flagged(sets, look, run, tmp_path):
+    def flagged(keep: int, drawn: str) -> bool:
+        file, out = tmp_path / f"{keep}.safetensors", tmp_path / "out"
+        run("reference", sets[1], *look, "--keep", keep, "--out", file)
+        with safe_open(file, "pt") as opened:
+            said = json.loads(opened.metadata()["reference"])
+        save_file(load_file(file), file, metadata={"reference": json.dumps(said | {"drawn": drawn})})
+        run("evaluate", sets[0], "--reference", file, *look, "--out", out)
+        flags = json.loads((out / "evaluation.json").read_text())["flags"]
+        return any(
+            "which 10 of the reference's 26 images are compared one by one goes by their order" in flag
+            for flag in flags
+        )
+
+    assert [flagged(10, "by place"), flagged(10, "by digest"), flagged(26, "by place")] == [True, False, False]
 
 
 def test_larger_references_are_cropped_to_the_subject(sets, look, run, tmp_path):

@@ -16,6 +16,7 @@ from rae.evaluation.reference import (
     ReferenceError,
     by_digest,
     collect,
+    digest_order,
     is_adm_reference,
     load_reference,
     pixel_digests,
@@ -42,7 +43,10 @@ def features(count: int, dim: int, seed: int = 0) -> torch.Tensor:
 @pytest.fixture
 def file(tmp_path):
     whole = {"features": features(50, 6), "spatial": features(50, 4, 1), "logits": features(50, 3, 2)}
-    sets = {"some/encoder": collect([{"features": features(50, 5, 3)}], 50, keep=20), "inception": collect([whole], 50)}
+    sets = {
+        "some/encoder": collect([{"features": features(50, 5, 3)}], 50, torch.arange(20)),
+        "inception": collect([whole], 50),
+    }
     save_reference(tmp_path / "r.safetensors", sets, **ABOUT)
     return tmp_path / "r.safetensors", sets
 
@@ -63,16 +67,27 @@ def test_moments_and_rows_do_not_depend_on_how_the_images_came(cuts):
     torch.testing.assert_close(covariance, rows.double().T.cov(), rtol=1e-12, atol=1e-12)
 
 
-def test_kept_rows_are_drawn_evenly_and_always_the_same():
-    rows = torch.arange(2000.0)[:, None].expand(-1, 2)
-    one, other = (collect(({"features": part} for part in rows.split(size)), 2000, keep=500) for size in (2000, 33))
-    kept = one.rows["features"][:, 0]
-    assert torch.equal(one.rows["features"], other.rows["features"])
-    assert len(kept) == 500
-    assert (kept.diff() > 0).all()
-    counts = kept.div(500, rounding_mode="floor").long().bincount()  # of each quarter: 125, standard deviation 8
+def test_kept_rows_have_the_order_that_is_asked_for():
+    rows, kept = torch.arange(2000.0)[:, None].expand(-1, 2), torch.randperm(2000)[:500]
+    for size in (2000, 33):
+        found = collect(({"features": part, "digests": part[:, 0].long()} for part in rows.split(size)), 2000, kept)
+        assert torch.equal(found.rows["features"][:, 0], kept.float())
+        assert torch.equal(found.rows["digests"], kept)
+        assert found.count == 2000
+        assert found.moments["features"].mean[0] == 999.5  # of all
+
+
+def test_the_smallest_digests_are_an_even_draw_that_knows_no_order():
+    """Of 2,000 images of rising brightness: 500 of them, as many of each quarter, and the same from the other end."""
+    images = (torch.arange(2000)[:, None, None, None] + torch.tensor([0, 97, 61])[:, None, None]) // 8
+    images = torch.cat([images, torch.arange(2000)[:, None, None, None].expand(-1, 3, -1, -1) % 8], dim=3).byte()
+    digests, labels = pixel_digests(images), torch.zeros(2000, dtype=torch.int64)
+    kept = digest_order(digests, labels)[:500]
+    assert torch.equal(kept, 1999 - digest_order(digests.flip(0), labels)[:500])
+    counts = kept.div(500, rounding_mode="floor").bincount()  # of each quarter: 125, standard deviation 8
     assert ((counts - 125).abs() < 40).all()
-    assert one.moments["features"].mean[0] == 999.5  # of all
+    fewer = digest_order(digests[1:], labels[1:])[:500] + 1  # without the first: at most one is another
+    assert torch.isin(fewer, kept).sum() >= 499
 
 
 def test_digests_tell_images_and_their_shapes():
@@ -112,7 +127,7 @@ def test_one_image_is_no_set():
 def test_what_is_saved_is_loaded(file):
     path, sets = file
     about, loaded = load_reference(path)
-    assert about.model_dump(exclude={"kind", "sha256"}) == ABOUT | {"class_names": None}
+    assert about.model_dump(exclude={"kind", "sha256"}) == ABOUT | {"drawn": "by digest", "class_names": None}
     assert about.skipped == 3
     assert loaded.keys() == sets.keys()
     for name, was in sets.items():
@@ -129,16 +144,16 @@ def test_what_is_saved_is_loaded(file):
 
 
 def test_a_file_of_an_earlier_version_is_read(tmp_path):
-    """It kept no count of images that could not be read."""
+    """It kept no count of images that could not be read, and drew its rows by their places."""
     sets = {"a": collect([{"features": features(5, 3)}], 5)}
     save_reference(tmp_path / "r.safetensors", sets, **ABOUT | {"extractors": {"a": {}}})
     with safe_open(tmp_path / "r.safetensors", "pt") as opened:
         said = json.loads(opened.metadata()["reference"])
-    del said["skipped"]
+    del said["skipped"], said["drawn"]
     tensors = load_file(tmp_path / "r.safetensors")
     save_file(tensors, tmp_path / "earlier.safetensors", metadata={"reference": json.dumps(said)})
     about, loaded = load_reference(tmp_path / "earlier.safetensors")
-    assert about.skipped is None
+    assert (about.skipped, about.drawn) == (None, "by place")
     assert torch.equal(loaded["a"].rows["features"], sets["a"].rows["features"])
 
 

@@ -303,6 +303,13 @@ def _flags(
                 f"{count:,} images are no more than the {width:,} features of {name}: Frechet distances of so few are "
                 "far too large, and only compare with others of as many images"
             )
+    if given and given.features and whole.about["drawn"] == "by place":
+        kept = len(next(iter(whole.sets.values())).rows["features"])
+        if kept < whole.about["images"]:
+            flags.append(
+                f"which {kept:,} of the reference's {whole.about['images']:,} images are compared one by one goes by "
+                f"their order, for an earlier version made {given.source}; make it again with `rae reference`"
+            )
     if given and given.moments:
         flags.append(f"nothing in {whole.about['source']} says by which network and resizing its moments were made")
         if "spatial" not in given.moments:

@@ -6,21 +6,22 @@ Every image is computed by itself or in whatever company: its features differ by
 of processes nor an interruption changes a figure by more.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rae.commands.pictures import OutputError, claim
 from rae.data.image_set import ImageError, Images
 from rae.data.images import DataConfig, Views, read, readable
 from rae.evaluation.features import Extractor
-from rae.evaluation.reference import DIGESTS, FeatureSet, collect, pixel_digests
+from rae.evaluation.reference import DIGESTS, Classes, FeatureSet, collect, digest_order, pixel_digests
 from rae.folders import aside
 from rae.processes import process_state
 from rae.training.display import progress
@@ -103,18 +104,25 @@ def write_features(
     state.wait_for_everyone()
 
 
-def read_features(folder: Path, name: str, keep: int | None = None) -> tuple[FeatureSet, list[int]]:
-    """What `write_features` has written, as one set; and the numbers of the images in it, in order.
+def read_features(
+    folder: Path, name: str, images: Images | None = None, keep: int | None = None
+) -> tuple[FeatureSet, list[int]]:
+    """What `write_features` has written, as one set in the order of digests; and the numbers of its images, in theirs.
 
     Args:
         folder: of all extractors.
         name: of one of them.
-        keep: rows to keep, see `collect`.
+        images: that these are of, for their classes; None = the set has none.
+        keep: so many rows at most, see `digest_order`; None = all.
     """
     files = sorted(_place(folder, name).glob("*.safetensors"))
-    numbers = [index for file in files for index in _load(file)["index"].tolist()]
+    known = [part for file in files if len((part := _load(file, "index", DIGESTS))["index"])]
+    numbers = [number for part in known for number in part["index"].tolist()]
+    labels = torch.tensor([images.labels[number] if images else 0 for number in numbers])
+    kept = digest_order(torch.cat([part[DIGESTS] for part in known]), labels)[:keep]
     parts = ({kind: values for kind, values in _load(file).items() if kind != "index"} for file in files)
-    return collect(parts, len(numbers), keep), numbers
+    classes = Classes(labels[kept], images.class_names) if images and images.class_names is not None else None
+    return dataclasses.replace(collect(parts, len(numbers), kept), classes=classes), numbers
 
 
 def _check_finite(found: Mapping[str, Tensor], name: str, images: Images, numbers: Sequence[int]) -> None:
@@ -144,8 +152,11 @@ def _write(file: Path, parts: Sequence[Mapping[str, Tensor]]) -> None:
         save_file(whole, hidden)
 
 
-def _load(file: Path) -> dict[str, Tensor]:
+def _load(file: Path, *kinds: str) -> dict[str, Tensor]:
+    """What it holds of these kinds, or of all."""
     try:
-        return load_file(file)
+        with safe_open(file, "pt") as opened:
+            there = opened.keys()
+            return {kind: opened.get_tensor(kind) for kind in there if kind in (kinds or there)}
     except (SafetensorError, OSError) as error:
         raise OutputError(f"{file} is damaged ({error}); delete it and run the same command again.") from error

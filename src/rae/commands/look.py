@@ -1,13 +1,10 @@
 """How `rae evaluate` and `rae reference` look at a set of images: by which networks, at what size, cropped or not."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from rich.console import Console
 
 from rae.commands.feature_folder import read_features, size_of, write_features
@@ -16,7 +13,7 @@ from rae.data.image_set import Images
 from rae.data.images import DataConfig
 from rae.evaluation.features import Extractor, open_extractor
 from rae.evaluation.judge import INCEPTION
-from rae.evaluation.reference import Classes, FeatureSet, kept_rows
+from rae.evaluation.reference import FeatureSet
 from rae.processes import process_state
 
 CROPPED, WHOLE = "centre crop, as in training", "as they are"
@@ -72,21 +69,12 @@ def look_at(
     sets, read = {}, []
     if process_state().is_main_process:
         for name in look.extractors:
-            found, read = read_features(folder, name, keep)
-            sets[name] = dataclasses.replace(found, classes=_classes(images, read, keep))
+            sets[name], read = read_features(folder, name, images, keep)
         missing = sorted(set(range(len(images))) - set(read))
         for index in missing:
             say(f"left out: {images.names[index]} cannot be read")
     about = {"source": source, "identity": images.identity, "images": len(read), "size": list(size)}
     return Features(about | {"crop": CROPPED if crop else WHOLE}, sets, read)
-
-
-def _classes(images: Images, read: Sequence[int], keep: int | None) -> Classes | None:
-    """Of the images whose features are kept."""
-    if images.class_names is None:
-        return None
-    numbers = np.asarray(read)[kept_rows(len(read), keep)].tolist()
-    return Classes(torch.tensor([images.labels[i] for i in numbers]), images.class_names)
 
 
 def open_extractors(names: Sequence[str], inception: Path | None, input_size: int | None) -> dict[str, Extractor]:

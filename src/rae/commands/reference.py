@@ -80,7 +80,7 @@ def open_reference(source: str, look: Look) -> Reference:
             raise ReferenceError(
                 f"{source} is by another {name}: {'; '.join(changed)}. Make it again, or set the same."
             )
-    fields = about.model_dump(mode="json", include={"source", "identity", "images", "skipped", "size", "crop"})
+    fields = about.model_dump(mode="json", include={"source", "identity", "images", "skipped", "size", "crop", "drawn"})
     return Reference(source, features=Features(fields, {name: sets[name] for name in look.extractors}, []))
 
 

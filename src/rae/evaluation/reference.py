@@ -1,6 +1,6 @@
 """What an extractor says of a set of images, and references: the same of real images, kept in a file for many uses.
 
-features of N images --collect--> mean and covariance of all of them, rows of at most `keep` --save_reference--> file
+features of N images --collect--> mean and covariance of all of them, rows of some --save_reference--> file
 
 A reference says of which images it is, at what size, and by which extractor; figures against another one's are refused.
 """
@@ -23,11 +23,9 @@ from torch import Tensor
 
 from rae.config import Config, Size, parse
 from rae.data.npz import UNREADABLE, check_directory
-from rae.data.order import epoch_order
 from rae.evaluation.frechet import Moments
 from rae.folders import aside
 
-KEEP = 10_000  # rows of a reference: as many as ADM's has, for the metrics that compare images one by one
 DIGESTS = "digests"  # the kind of row that tells which image it is of
 SUMMED = ("features", "spatial")  # kinds of features of which mean and covariance are taken
 ADM = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # their names in ADM's files
@@ -81,6 +79,7 @@ class ReferenceAbout(Config):
         size: (H, W) in pixels that the extractors were given.
         crop: how the images came to that size.
         extractors: name => `Extractor.describe()`, its identity among it.
+        drawn: how the rows were chosen where there are fewer than N; of earlier versions, by place in the stream.
         class_names: of the labels of the rows; None where the images have none, or an earlier version kept none.
         sha256: of the tensors and their names.
     """
@@ -93,6 +92,7 @@ class ReferenceAbout(Config):
     size: Size
     crop: str
     extractors: dict[str, dict[str, Any]]
+    drawn: Literal["by place", "by digest"] = "by place"
     class_names: list[str] | None = None
     sha256: str
 
@@ -101,6 +101,15 @@ def pixel_digests(images: Tensor) -> Tensor:
     """64 bits of the SHA-256 of each image as extractors see it: uint8 [B,3,H,W] on the CPU -> int64 [B]."""
     contents = (hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest() for image in images.numpy())
     return torch.tensor([int.from_bytes(content[:8], "big", signed=True) for content in contents])
+
+
+def digest_order(digests: Tensor, labels: Tensor) -> Tensor:
+    """Places [N] of images in the order of their digests [N], copies by their labels [N].
+
+    The first K of them are an even draw, for SHA-256 knows nothing of what is in an image; the same one in whatever
+    order the images come, and an image more or less changes one of them.
+    """
+    return torch.from_numpy(np.lexsort((labels.numpy(), digests.numpy())))
 
 
 def by_digest(found: FeatureSet) -> FeatureSet:
@@ -113,45 +122,39 @@ def by_digest(found: FeatureSet) -> FeatureSet:
         return found
     digests, classes = found.rows[DIGESTS], found.classes
     labels = classes.labels if classes else torch.zeros_like(digests)
-    order = torch.from_numpy(np.lexsort((labels.numpy(), digests.numpy())))
+    order = digest_order(digests, labels)
     rows = {kind: values[order] for kind, values in found.rows.items()}
     return dataclasses.replace(found, rows=rows, classes=classes and Classes(labels[order], classes.names))
 
 
-def kept_rows(count: int, keep: int | None) -> np.ndarray:
-    """Mask [count] of the `keep` images whose features stay, drawn evenly: the same for the same count. None = all."""
-    kept = np.ones(count, dtype=bool)
-    if keep is not None and keep < count:
-        kept[epoch_order(0, 0, count)[keep:]] = False
-    return kept
-
-
-def collect(parts: Iterable[Mapping[str, Tensor]], count: int, keep: int | None = None) -> FeatureSet:
+def collect(parts: Iterable[Mapping[str, Tensor]], count: int, kept: Tensor | None = None) -> FeatureSet:
     """Features in the order of their images -> their moments, and the rows that are kept.
 
     Args:
         parts: features [n,d] by kind, of the next n images each.
         count: N of all parts together.
-        keep: rows to keep, see `kept_rows`.
+        kept: places [K] of the images whose rows stay, in the order that these are to have; None = all as they come.
 
     Raises:
         ValueError: fewer than two images, or features that are not finite.
     """
     if count < 2:
         raise ValueError(f"{count} image: a set needs at least 2 to have a spread.")
-    kept = kept_rows(count, keep)
-    rows: dict[str, list[Tensor]] = {}
+    kept, row_of = torch.arange(count) if kept is None else kept, torch.full((count,), -1)
+    row_of[kept] = torch.arange(len(kept))
+    rows: dict[str, Tensor] = {}
     moments: dict[str, Moments] = {}
     start = 0
     for part in parts:
         length = len(part["features"])
+        to = row_of[start : start + length]
         for kind, values in part.items() if length else ():
-            rows.setdefault(kind, []).append(values[torch.from_numpy(kept[start : start + length])])
+            rows.setdefault(kind, values.new_empty(len(kept), *values.shape[1:]))[to[to >= 0]] = values[to >= 0]
             if kind in SUMMED:
                 moments.setdefault(kind, Moments(values.shape[1])).update(values)
         start += length
     gaussians = {kind: Gaussian(summed.mean, summed.covariance) for kind, summed in moments.items()}
-    return FeatureSet(count, {kind: torch.cat(values) for kind, values in rows.items()}, gaussians)
+    return FeatureSet(count, rows, gaussians)
 
 
 # --- the file --------------------------------------------------------------------------------------------------------
@@ -163,7 +166,7 @@ def save_reference(path: Path, sets: Mapping[str, FeatureSet], **about: Any) -> 
     Args:
         path: of the file.
         sets: by name of the extractor, of the same images.
-        about: fields of `ReferenceAbout`, without `kind`, `class_names` and `sha256`.
+        about: fields of `ReferenceAbout`, without `kind`, `drawn`, `class_names` and `sha256`.
     """
     tensors, classes = {}, next(iter(sets.values())).classes
     if classes:
@@ -172,7 +175,7 @@ def save_reference(path: Path, sets: Mapping[str, FeatureSet], **about: Any) -> 
         for kind, (mean, covariance) in features.moments.items():
             tensors |= {f"{name}/{kind}.mean": mean, f"{name}/{kind}.covariance": covariance}
         tensors |= {f"{name}/{kind}": rows.contiguous() for kind, rows in features.rows.items()}
-    said = ReferenceAbout(kind="reference", sha256=_digest(tensors), **about)
+    said = ReferenceAbout(kind="reference", drawn="by digest", sha256=_digest(tensors), **about)
     with aside(path) as hidden:
         save_file(tensors, hidden, metadata={"reference": said.model_dump_json()})
 
