@@ -107,7 +107,7 @@ def write_features(
 def read_features(
     folder: Path, name: str, images: Images | None = None, keep: int | None = None
 ) -> tuple[FeatureSet, list[int]]:
-    """What `write_features` has written, as one set in the order of digests; and the numbers of its images, in theirs.
+    """What `write_features` has written, as one set, and the numbers of its images: both in the order of digests.
 
     Args:
         folder: of all extractors.
@@ -117,12 +117,13 @@ def read_features(
     """
     files = sorted(_place(folder, name).glob("*.safetensors"))
     known = [part for file in files if len((part := _load(file, "index", DIGESTS))["index"])]
-    numbers = [number for part in known for number in part["index"].tolist()]
+    numbers = torch.cat([part["index"] for part in known])
     labels = torch.tensor([images.labels[number] if images else 0 for number in numbers])
-    kept = digest_order(torch.cat([part[DIGESTS] for part in known]), labels)[:keep]
+    order = digest_order(torch.cat([part[DIGESTS] for part in known]), labels)
+    kept = order[:keep]
     parts = ({kind: values for kind, values in _load(file).items() if kind != "index"} for file in files)
     classes = Classes(labels[kept], images.class_names) if images and images.class_names is not None else None
-    return dataclasses.replace(collect(parts, len(numbers), kept), classes=classes), numbers
+    return dataclasses.replace(collect(parts, len(numbers), kept), classes=classes), numbers[order].tolist()
 
 
 def _check_finite(found: Mapping[str, Tensor], name: str, images: Images, numbers: Sequence[int]) -> None:
