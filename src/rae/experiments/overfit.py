@@ -171,7 +171,7 @@ STUDY = Study(
     drawing=Drawing(
         protocol={"settings": [*(f"d = {name}" for name in BASE), NARROW_HEAD, WIDE_HEAD], **overfit_picture.PROTOCOL},
         quick=overfit_picture.QUICK,
-        cost="about 7 minutes of one core: 14 of the networks are trained again, and a decoder",
+        cost="about 8 minutes of one core: 14 of the networks are trained again, and a decoder",
         draw=overfit_picture.draw,
     ),
     paper={
