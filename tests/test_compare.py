@@ -18,7 +18,7 @@ from test_report import Reader, decode
 from rae.autoencoder.rae import RAE
 from rae.commands import compare_nearest
 from rae.commands.compare import write_report
-from rae.commands.compare_figures import apart, call, rows, verdict
+from rae.commands.compare_figures import ARROWS, apart, call, rows, verdict
 from rae.commands.compare_nearest import Nearest
 from rae.commands.compare_read import Evaluation, Judged, read_all, short_names
 from rae.commands.compare_runs import compare_recipes
@@ -187,6 +187,8 @@ def test_keys_are_sorted_by_whether_they_differ():
     assert found.different["loss.gan"] == ["off", "on", "on"]
     assert found.different["loss.gan.start"][1:] == ["10%", "20%"]
     assert compare_recipes([first, first]) == ({}, {}, first)
+    other_gan = {"loss.gan.start": "10%"}  # has the section, and not all of it
+    assert compare_recipes([first, second, other_gan]).different["loss.gan.weight"][1] == 0.75
 
 
 def test_only_keys_that_differ_are_in_the_table(tmp_path):
@@ -211,8 +213,8 @@ def test_newest_and_best_figures_of_each_log(tmp_path):
     report = Report(paths, tmp_path / "out")
     assert report.row("images seen") == ["16", "8"]
     assert report.row("training loss") == ["2.5", "3"]
-    assert report.row("held-out images: PSNR") == ["20\nbest 21 at 8", "-"]
-    assert report.row("held-out images: L1") == ["0.25\nbest 0.25 at 16", "-"]
+    assert report.row("held-out images: PSNR") == ["20 dB\nbest 21 dB at 8 images", "-"]
+    assert report.row("held-out images: L1") == ["0.25\nbest 0.25 at 16 images", "-"]
     drawn = set(re.findall(r"<text[^>]*>([^<]*)</text>", report.html))
     assert {"training loss", "learning rate", "held-out images: PSNR", "a", "b", "images seen"} <= drawn
     assert "do not compare" not in report.html
@@ -378,6 +380,22 @@ def test_other_protocols_stand_in_other_rows(change, reason):
     assert apart([same, same]) == []
 
 
+def test_figures_that_stand_apart_are_told_by_their_titles():
+    titled = evaluation(FD)
+    titled["figures"]["frechet/dino"]["title"] = "FD (dino)"
+    (said,) = apart([Evaluation(**titled), Evaluation(**evaluation(FD, images=9))])
+    assert "they do not compare: FD (dino) (different: number of images)." in said
+
+
+def test_reconstructions_are_judged_against_what_they_are_of(tmp_path):
+    found = evaluation(FD)
+    found["subject"] |= {"kind": "reconstructions", "source": "pairs"}
+    found["reference"]["source"] = "pairs"
+    (tmp_path / "evaluation.json").write_text(json.dumps(found))
+    judged = "500 reconstructions\npairs\nagainst what they are of (rrrrrrrrrrrr)"
+    assert Report([tmp_path], tmp_path / "out").row("judged, against") == [judged]
+
+
 def test_figures_stand_side_by_side_with_flags_and_verdicts(tmp_path):
     paths = [
         make_evaluation(tmp_path / "a", FD | {"precision/dino": (0.5, 0.01, "higher")}),
@@ -386,7 +404,9 @@ def test_figures_stand_side_by_side_with_flags_and_verdicts(tmp_path):
         make_evaluation(tmp_path / "d", {"frechet/dino": (5.0, 0.5, "lower")}, images=50),
     ]
     report = Report(paths, tmp_path / "out")
-    first, second = (line for line in report.markdown.splitlines() if line.startswith("| frechet/dino ↓"))
+    first, second = (
+        line for line in report.markdown.splitlines() if line.startswith(f"| frechet/dino{ARROWS['lower']}")
+    )
     assert "| 10.00 ± 0.50 | 7.00 ± 0.50<br><small>-3.00 ± 0.71: better</small> |" in first
     assert first.endswith("| 9.50 ± 0.50<br><small>-0.50 ± 0.71: within error</small> |")
     assert second.endswith("| 5.00 ± 0.50 |")  # in a table of its own
@@ -464,7 +484,7 @@ def test_only_images_that_all_have_are_compared(tmp_path):
     other = make_reconstructions(tmp_path / "c", pairs, [10.0, 20.0, 60.0], source="12" * 32)
     report = Report([first, other], tmp_path / "out")
     assert "Not all are of the same images at the same size" in report.html
-    assert report.markdown.count("| PSNR / dB ↑ |") == 2
+    assert report.markdown.count(f"| PSNR / dB{ARROWS['higher']} |") == 2
 
 
 def test_small_images_have_no_ssim_and_one_image_no_error(tmp_path):
@@ -491,6 +511,18 @@ def test_samples_of_the_same_seeds_stand_above_each_other(tmp_path):
     for animal, of in (("dog", pictures[5:12:2]), ("cat", pictures[6:12:2])):
         for name in "ab":
             np.testing.assert_array_equal(report.images(f"{name}, {animal}"), of)
+
+
+def test_what_an_image_took_counts_the_guiding_model_too(tmp_path):
+    paths, cost = [], {"device": "cpu", "images": 4, "computed": 4, "seconds": 1.0, "calls": 24.0, "passes": 24.0}
+    for name, guiding in (("plain", 0.0), ("guided", 12.5)):
+        folder = make_samples(tmp_path / name, noise(4, 4, 4, 3))
+        about = json.loads((folder / "samples.json").read_text())
+        (folder / "samples.json").write_text(json.dumps(about | {"jobs": [cost | {"guiding_passes": guiding}]}))
+        paths.append(folder)
+    plain, guided = Report(paths, tmp_path / "out").row("seconds for an image")
+    assert plain == "0.250\n24 passes, on cpu"
+    assert guided == "0.250\n24 passes and 12.5 of the guiding model, on cpu"
 
 
 def test_samples_without_a_common_seed_or_class_say_so(tmp_path):

@@ -206,3 +206,12 @@ def test_small_lines_of_a_cell_and_values_under_images_are_escaped(rows):
 def test_only_pixels_that_are_enlarged_stay_sharp(rows):
     assert "pixels" not in sheet(rows, "c", size=7).html
     assert sheet(rows, "c", size=8).html.count('class="pixels"') == 6
+
+
+def test_a_logarithmic_axis_of_dots():
+    values = {"a": (2.0, 0.1), "b": (200.0, None)}
+    linear, log = (dots(values, "FD", "lower is better", log=log).html for log in (False, True))
+    labels = [re.findall(r"<text[^>]*>(\d+)</text>", html) for html in (linear, log)]
+    assert {"50", "100", "150"} <= set(labels[0])
+    assert {"2", "5", "10", "20", "50", "100", "200"} <= set(labels[1])
+    assert "150" not in labels[1]

@@ -11,8 +11,9 @@ from rae.commands.reference import UNKNOWN
 from rae.evaluation.report import Piece, beside, dots, heading, note, paragraph, table
 from rae.evaluation.uncertainty import written
 
+WIDE = 5  # times the smallest value
 DIFFERENT = 2  # standard errors of a difference, beyond which it is called one
-ARROWS = {"lower": "↓", "higher": "↑"}
+ARROWS = {"lower": "\N{NO-BREAK SPACE}↓", "higher": "\N{NO-BREAK SPACE}↑"}  # behind a title, never below it
 HOW = (
     "Value ± its standard error; below, the difference to the first one of the row and its error, √(e₁² + e₂²). A "
     f"difference of up to {DIFFERENT} such errors is called within error; of twenty figures that do not differ, one "
@@ -58,8 +59,12 @@ def _group(judged: Mapping[str, Evaluation]) -> list[Piece]:
     plots = []
     for row in found:
         values = [figure and (figure.value, figure.error) for figure in row.figures]
-        if sum(value is not None and math.isfinite(value[0]) for value in values) > 1:
-            plots.append(dots(dict(zip(judged, values)), row.one.title or row.name, f"{row.one.better} is better"))
+        finite = [value for value, _ in filter(None, values) if math.isfinite(value)]
+        if len(finite) > 1:
+            # a distance that is many times the others' would push these together
+            wide = row.one.better == "lower" and 0 < WIDE * min(finite) < max(finite)
+            axis = f"{row.one.better} is better{', logarithmic' * wide}"
+            plots.append(dots(dict(zip(judged, values)), row.one.title or row.name, axis, log=wide))
     pieces += [beside(*plots)] if plots else []
     made = {name: made_by(one.subject.protocol) for name, one in judged.items()}
     return pieces + (recipes(made, "protocol") if any(made.values()) else [])
@@ -99,7 +104,8 @@ def apart(evaluations: Sequence[Evaluation]) -> list[str]:
     for name in dict.fromkeys(name for evaluation in evaluations for name in evaluation.figures):
         protocols = [protocol(each, name) for each in evaluations if name in each.figures]
         if others := [key for key in protocols[0] if any(one[key] != protocols[0][key] for one in protocols)]:
-            why.setdefault(", ".join(others), []).append(name)
+            title = next(each.figures[name].title for each in evaluations if name in each.figures)
+            why.setdefault(", ".join(others), []).append(title or name)
     return [
         f"Not side by side, because they do not compare: {', '.join(names)} (different: {reason})."
         for reason, names in why.items()
@@ -130,7 +136,7 @@ def signed(difference: float, error: float) -> str:
 
 
 def _title(row: Row) -> str:
-    return f"{row.one.title or row.name} {ARROWS[row.one.better]}\n{row.one.protocol}"
+    return f"{row.one.title or row.name}{ARROWS[row.one.better]}\n{row.one.protocol}"
 
 
 def _cells(row: Row) -> list[str]:
@@ -154,8 +160,10 @@ def _about(judged: dict[str, Evaluation]) -> list[str]:
     for evaluation in judged.values():
         subject, reference = evaluation.subject, evaluation.reference
         whose = "" if reference.role == UNKNOWN else f", {reference.role} of the run"
+        pairs = subject.kind == "reconstructions" and subject.source == reference.source
+        against = "what they are of" if pairs else f"{reference.images:,} of {reference.source}"
         cells.append(
-            f"{subject.images:,} {subject.kind}\n{subject.source}\nagainst {reference.images:,} of {reference.source}"
+            f"{subject.images:,} {subject.kind}\n{subject.source}\nagainst {against}"
             f" ({(reference.identity or 'unknown')[:12]}){whose}"
         )
     return cells

@@ -276,6 +276,6 @@ def _sheet(name: str, known: Known, training: Known, distances: Tensor, neighbou
     chosen = distances.argsort(stable=True)[:SHOWN].tolist()
     rows = [np.stack([known.picture(i) for i in chosen])]
     rows.append(np.stack([training.picture(i) for i in neighbours[chosen].tolist()]))
-    under = [[f"{distances[i]:.3g}" for i in chosen], []]
+    under = [[f"{distances[i]:#.3g}".removesuffix(".") for i in chosen], []]
     caption = "Those that lie nearest, the nearest first, with the distance; below each its nearest training image."
     return sheet(rows, caption, names=["image", "training"], under=under, size=shown_width(rows[0].shape[2]))

@@ -90,7 +90,7 @@ def _figures(values: Mapping[str, Mapping[str, np.ndarray]], group: Sequence[str
             difference, error = measured_mean(each - first)
             word = call(difference, error or math.inf, "higher")
             cells.append(f"{written(*measured_mean(each))}\n{signed(difference, error)}: {word}")
-        lines.append([f"{FIGURES[name][0]} {ARROWS['higher']}", *cells])
+        lines.append([f"{FIGURES[name][0]}{ARROWS['higher']}", *cells])
     return table(["figure", *group], lines)
 
 
@@ -166,7 +166,9 @@ def _cost(protocol: Mapping) -> str:
     if not done:
         return "-"
     last = done[-1]
-    return f"{last['seconds'] / last['computed']:.3g}\n{last['passes']:.4g} passes, on {last['device']}"
+    guiding = f" and {last['guiding_passes']:.4g} of the guiding model" if last["guiding_passes"] else ""
+    seconds = f"{last['seconds'] / last['computed']:#.3g}".removesuffix(".")
+    return f"{seconds}\n{last['passes']:.4g} passes{guiding}, on {last['device']}"
 
 
 def _seeds(group: Mapping[str, Pictures], block: Sequence[int], seeds: Mapping[str, Mapping[int, int]]) -> Piece:

@@ -25,6 +25,7 @@ FIGURES = {
     "lr": ("learning rate", "lr"),
     "images_per_second": ("speed", "images/s"),
 }
+UNITS = {"dB", "images/s"}  # that are not the figure's name again
 HIGHER = {"held_out_psnr", "held_out_ssim"}  # are better when higher
 WIDTH = 896  # of a sheet on the screen, in pixels
 WIDE = 10  # times the smallest value: a loss or distance that spans more is drawn on a logarithmic axis
@@ -54,7 +55,7 @@ class Recipes(NamedTuple):
 
     Attributes:
         different: keys whose values differ.
-        within: keys of a section that not every recipe has; those that have it agree.
+        within: keys of a section that not every recipe has; those that have it have them, and agree.
         same: keys that are the same in all.
     """
 
@@ -69,13 +70,13 @@ def compare_recipes(recipes: Sequence[Mapping[str, Any]]) -> Recipes:
     keys = list(dict.fromkeys(key for recipe in recipes for key in recipe))
     parts = list(dict.fromkeys(key.partition(".")[0] for key in keys))
     keys.sort(key=lambda key: parts.index(key.partition(".")[0]))
-    off = {key for recipe in recipes for key, value in recipe.items() if value is None}  # sections among them
     for key in keys:
         values = [recipe.get(key, ABSENT) for recipe in recipes]
         given = [value for value in values if value is not ABSENT]
         agree = all(value == given[0] for value in given)
         section = any(other.startswith(f"{key}.") for other in keys)
-        inside = any(key.startswith(f"{name}.") for name in off)
+        without = [recipe for recipe in recipes if key not in recipe]
+        inside = all(any(key.startswith(f"{name}.") for name, value in r.items() if value is None) for r in without)
         if section:
             found.different[key] = ["off" if value is None else "on" for value in values]
         elif agree and len(given) == len(values):
@@ -100,8 +101,12 @@ def recipes(found: Mapping[str, Mapping[str, Any]], what: str = "recipe") -> lis
     else:
         pieces.append(paragraph(f"Nothing: the same {what}."))
     if within:
-        pieces.append(code(_lines(within), f"the same wherever the section is on ({len(within)} keys)"))
-    return [*pieces, code(_lines(same), f"the same in all ({len(same)} keys)")]
+        pieces.append(code(_lines(within), f"the same wherever the section is on ({_keys(within)})"))
+    return [*pieces, code(_lines(same), f"the same in all ({_keys(same)})")]
+
+
+def _keys(found: Mapping[str, Any]) -> str:
+    return f"{len(found)} key{'s' * (len(found) != 1)}"
 
 
 def _lines(recipe: Mapping[str, Any]) -> str:
@@ -155,15 +160,16 @@ def _figures(found: Sequence[RunFiles]) -> list[str]:
 def _newest(found: Mapping[str, RunFiles], names: Sequence[str]) -> list[list[str]]:
     rows = [["images seen", *(f"{run.seen:,}" for run in found.values())]]
     for name in names:
-        cells = []
+        title, unit = FIGURES.get(name, (name, ""))
+        cells, unit = [], f" {unit}" if unit in UNITS else ""
         for run in found.values():
             images, values = run.series(name)
-            text = f"{values[-1]:.4g}" if values else "-"
+            text = f"{values[-1]:.4g}{unit}" if values else "-"
             if len(values) > 1 and name.startswith("held_out_"):
                 best = (max if name in HIGHER else min)(range(len(values)), key=values.__getitem__)
-                text += f"\nbest {values[best]:.4g} at {images[best]:,}"
+                text += f"\nbest {values[best]:.4g}{unit} at {images[best]:,} images"
             cells.append(text)
-        rows.append([FIGURES.get(name, (name, ""))[0] + f"\n{name}", *cells])
+        rows.append([f"{title}\n{name}", *cells])
     return rows
 
 

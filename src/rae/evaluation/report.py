@@ -285,7 +285,7 @@ def curves(
     """
 
     def draw(plot, axes) -> None:
-        from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
+        from matplotlib.ticker import EngFormatter
 
         styles = itertools.product(_LINES, _COLOURS)
         for (name, (xs, ys)), (line, colour) in zip(series.items(), itertools.cycle(styles)):
@@ -297,10 +297,7 @@ def curves(
         if max((x for xs, _ in series.values() for x in xs), default=0) >= 10_000:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if log:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            _logarithmic(axes.yaxis)
         if any(len(xs) for xs, _ in series.values()):
             columns = max(1, min(3, 60 // (6 + max(map(len, series)))))
             plot.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
@@ -308,13 +305,14 @@ def curves(
     return _plot(draw, title, 2.9 + 0.16 * max(0, len(series) - 3))
 
 
-def dots(values: Mapping[str, tuple[float, float | None] | None], title: str, x: str) -> Piece:
+def dots(values: Mapping[str, tuple[float, float | None] | None], title: str, x: str, *, log: bool = False) -> Piece:
     """A dot for each value with a bar of one standard error to either side, names in front, the first one on top.
 
     Args:
         values: name -> (value, standard error or None); one that is None is left out, and the others keep the colours
             that `curves` gives them.
         title, x: of the plot and its axis.
+        log: whether the axis is logarithmic.
     """
     shown = {name: value for name, value in values.items() if value}
 
@@ -325,8 +323,20 @@ def dots(values: Mapping[str, tuple[float, float | None] | None], title: str, x:
         axes.set_yticks(range(len(shown)), list(shown))
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.set_xlabel(x)
+        if log:
+            _logarithmic(axes.xaxis)
 
     return _plot(draw, title, 0.9 + 0.28 * len(shown))
+
+
+def _logarithmic(axis) -> None:
+    """Make an axis logarithmic, with ticks at 1, 2, 5, 10, ... in plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _plot(draw: Callable, title: str, height: float) -> Piece:
