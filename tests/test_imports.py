@@ -18,13 +18,12 @@ def part_of(file: Path) -> str:
 
 
 # config, processes <- sources <- folders <- autoencoder, diffusion, data (which do not import each other) <- evaluation
-# <- training <- interop <- what the commands do <- cli. A part may import itself and the parts that stand here.
+# <- training <- interop <- commands <- demo, experiments <- cli. A part may import itself and what stands here.
 BASE = {"config", "processes"}
 PICKLES = {"interop/official.py", "evaluation/pretrained.py"}  # of files that the user names, or whose hash is known
 WEIGHTS = BASE | {"sources", "folders"}
 MODELS = WEIGHTS | {"autoencoder", "diffusion", "data"}
 LIBRARY = MODELS | {"evaluation", "training", "interop"}
-COMMANDS = {part_of(file) for file in FILES} - LIBRARY - {"__init__", "cli"}  # the demo, the doctor, ...
 MAY_IMPORT = {
     "config": set(),
     "processes": set(),
@@ -36,8 +35,10 @@ MAY_IMPORT = {
     "evaluation": MODELS,
     "training": MODELS | {"evaluation"},
     "interop": MODELS | {"evaluation", "training"},
-    **dict.fromkeys(COMMANDS, LIBRARY | COMMANDS),
-    "cli": LIBRARY | COMMANDS,
+    "commands": LIBRARY,
+    "demo": LIBRARY | {"commands"},
+    "experiments": LIBRARY | {"commands"},
+    "cli": LIBRARY | {"commands", "demo", "experiments"},
 }
 
 

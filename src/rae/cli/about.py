@@ -103,9 +103,9 @@ def experiment(
 
     `rae experiment list` says what there is. A study is declared before it runs: its question, protocol and how its
     rows decide are printed first. The same command again goes on where it was stopped; results/NAME.jsonl keeps a line
-    for each setting and seed, results/NAME.md and .svg say what they say.
+    for each setting and seed, results/NAME.md, .svg and .png say what they say.
     """
-    from rae.commands.experiment import list_studies, run_experiment
+    from rae.experiments.command import list_studies, run_experiment
 
     if name == "list":
         list_studies()

@@ -3,6 +3,7 @@
     frame.py    what a study is: a question, a claim, a protocol, a rule
     runner.py   runs what is missing of it, in rows that a killed run does not lose
     page.py     rows => a table, figures, a verdict
+    command.py  what `rae experiment` does
     drawing.py  a picture of what the models make, as a file that says what it was made of
 
 Every other file is one study, `STUDY`, a part of it, or what several of them share.
