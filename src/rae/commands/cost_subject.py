@@ -76,7 +76,7 @@ def open_subject(name: str, overrides: Sequence[str], images: int | None, classe
     """
     path = Path(name).expanduser()
     path = path / "recipe.yaml" if (path / "recipe.yaml").is_file() else path
-    if path.is_dir() or saved_kind(name):  # which `run/best` has, a file
+    if path.is_dir() or saved_kind(path):  # which `run/best` has, a file
         return _saved(name, overrides)
     recipe = load_recipe(_schema(path), path, overrides)
     images, classes, notes = _data(recipe.data, images, classes)
