@@ -455,10 +455,13 @@ def test_a_cache_that_has_no_records_of_its_shards_is_written_anew(cache, writte
     assert contents(cache) == contents(written["fp16"])
 
 
-def test_arrow_that_is_not_installed_is_named(written, monkeypatch):
+def test_arrow_that_is_not_installed_is_named(written, model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(CacheError, match=r"00000\.arrow .* pip install 'rae\[data\]'"):
+    with pytest.raises(CacheError, match=r"00000\.arrow: .* pip install 'rae\[data\]'"):
         open_cache(written["fp16"])
+    with pytest.raises(CacheError, match=r"new: .* pip install 'rae\[data\]'"):
+        write_cache(model, DATA, tmp_path / "new")
+    assert not (tmp_path / "new").exists()  # before anything is encoded
 
 
 # --- whose cache it is -----------------------------------------------------------------------------------------------

@@ -3,6 +3,9 @@
 Nothing heavy is imported here, so that `rae --help` is quick.
 """
 
+import os
+import sys
+
 import click
 
 from rae.cli import about, judging, models, official, training
@@ -38,6 +41,8 @@ for _command in (  # in the order of `rae --help`
 
 
 def main() -> None:
+    if not (sys.stdout.isatty() or sys.stderr.isatty()):
+        os.environ.setdefault("COLUMNS", "160")  # in a file or a pipe tables need not break at 80
     try:
         rae(prog_name="rae")
     except SystemExit as end:

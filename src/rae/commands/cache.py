@@ -31,6 +31,7 @@ from rae.data.latent_format import (
     empty_rows,
     fill,
     find_damage,
+    import_pyarrow,
     map_shard,
     shard_bytes,
     shard_path,
@@ -75,9 +76,10 @@ def write_cache(
         ConfigError: random crops.
         ImageError: an image that cannot be read, unless `data.on_broken` is "skip": the next one takes its place.
         CacheError: the folder holds something else, or a cache of other settings; it is in use; the disk has too little
-            room; or latents do not fit the type.
+            room; pyarrow is not installed; or latents do not fit the type.
     """
     out = Path(out)
+    import_pyarrow(out)
     check_crop("latents", data, str(out))
     state, (images, _) = process_state(), open_split(data)
     rae = open_autoencoder(model).to(state.device)

@@ -251,7 +251,7 @@ def write_shard(path: Path, settings: CacheSettings, columns: dict[str, Tensor])
     Raises:
         OSError: the disk is full or failed.
     """
-    pyarrow, schema = _pyarrow(path), _schema(settings)
+    pyarrow, schema = import_pyarrow(path), _schema(settings)
     arrays = []
     for field in schema:
         flat = pyarrow.array(columns[field.name].flatten().numpy())
@@ -298,7 +298,7 @@ def _schema(settings: CacheSettings) -> Any:
 
 def map_shard(path: Path, settings: CacheSettings, rows: int, remedy: str) -> dict[str, np.ndarray]:
     """The columns of a shard, on its mapped file; no file stays open."""
-    pyarrow, schema = _pyarrow(path), _schema(settings)
+    pyarrow, schema = import_pyarrow(path), _schema(settings)
     try:
         with pyarrow.memory_map(str(path)) as file:
             batch = pyarrow.ipc.open_stream(file).read_next_batch()
@@ -316,9 +316,10 @@ def map_shard(path: Path, settings: CacheSettings, rows: int, remedy: str) -> di
     return columns
 
 
-def _pyarrow(path: Path) -> Any:
+def import_pyarrow(path: Path) -> Any:
+    """pyarrow; CacheError says how to get it for `path`, a file or the folder of a cache."""
     try:
         import pyarrow
     except ImportError as error:
-        raise CacheError(f"{path} is an Arrow file; pyarrow is not installed: pip install 'rae[data]'.") from error
+        raise CacheError(f"{path}: latents are kept in Arrow files, and pyarrow is not installed: pip install 'rae[data]'.") from error
     return pyarrow
