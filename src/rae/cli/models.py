@@ -60,7 +60,11 @@ def reconstruct(
 @ROUNDING
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for PNGs and samples.json.")
 @click.option("--latents", is_flag=True, help="Also keep what was decoded: OUT/latents/000000.safetensors, ...")
-@click.option("--npz", type=click.Path(path_type=Path), help="Also one file for the ADM evaluator (arr_0 NHWC, arr_1 classes).")
+@click.option(
+    "--npz",
+    type=click.Path(path_type=Path),
+    help="Also one file for the ADM evaluator (arr_0 NHWC, arr_1 classes).",
+)
 @click.option("--no-pngs", is_flag=True, help="Remove the PNGs once they are all in --npz.")
 def sample(model: str, **settings) -> None:
     """Make new images.

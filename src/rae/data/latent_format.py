@@ -321,5 +321,7 @@ def import_pyarrow(path: Path) -> Any:
     try:
         import pyarrow
     except ImportError as error:
-        raise CacheError(f"{path}: latents are kept in Arrow files, and pyarrow is not installed: pip install 'rae[data]'.") from error
+        raise CacheError(
+            f"{path}: latents are kept in Arrow files, and pyarrow is not installed: pip install 'rae[data]'."
+        ) from error
     return pyarrow
