@@ -40,6 +40,11 @@ COMMON |= {"run__evaluate_every": "2st"}  # which must leave training as it is
 SHARDED = {"run__sharding": "full", "run__recompute": True}
 
 
+def test_what_spreads_models_is_imported_where_it_is_used():
+    code = "import sys, rae.commands.cost; print('torch.distributed.fsdp' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
 # --- in each of two processes ----------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,8 @@
 Blocks are put together one at a time, when they run; a gradient's rows go to the process that holds them. torch's
 `fully_shard` does it, which accelerate calls for GPUs alone: on a CPU it leaves its plugin out without a word. What is
 saved is whole, so that any number of processes, with or without sharding, goes on from it.
+
+What torch has for it is imported where it is used: it takes most of a second, which no other command should pay.
 """
 
 import warnings
@@ -11,8 +13,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rae.diffusion.dit import Block
 
@@ -24,6 +24,8 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
         network: with the same weights in every process. Its parameters become others: optimisers are made afterwards.
         mesh: the processes, in one dimension.
     """
+    from torch.distributed.fsdp import fully_shard
+
     # the output is a view, which the loss does not write to
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for block in _blocks(network):
@@ -32,6 +34,8 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def is_sharded(network: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
     return isinstance(network, FSDPModule)
 
 
@@ -56,6 +60,8 @@ def whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
         tensors: the same names in every process.
         keep: whether this process wants them; otherwise it gets none.
     """
+    from torch.distributed.tensor import DTensor
+
     kept = {}
     for name in sorted(tensors):  # all must ask for the same one at a time, and a dictionary may be in any order
         tensor = tensors[name]
@@ -69,6 +75,8 @@ def whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 def part_for(parameter: Tensor, value: Tensor) -> Tensor:
     """A whole tensor [of the parameter's shape] -> what this process holds of it, as it does of the parameter."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     if not isinstance(parameter, DTensor):
         return value
     value = value.to(parameter.device)
