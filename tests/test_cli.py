@@ -1,8 +1,10 @@
 """The `rae` command: its help, what each command writes, how it resumes. Bad input is in test_bad_input.py."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from tiny import decoder_recipe, same_bits
 
 import rae.cli
 from rae import RAE, DiffusionModel, LatentStats, generate
-from rae.commands import reconstruct
+from rae.commands import doctor, reconstruct
 from rae.data.images import Views, open_split, to_bytes, to_unit
 
 ROOT = Path(__file__).parent.parent
@@ -269,6 +271,18 @@ def test_encoders_and_doctor(run, tmp_path, monkeypatch):
     assert "not here yet" in report
     assert "extra demo" in report
     assert "GFLOP/s" in report
+
+
+def test_extras_that_are_missing_are_told_with_what_they_are_for(monkeypatch):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    required = [f'{requirement}; extra == "{extra}"' for extra, names in extras.items() for requirement in names]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: required)
+    monkeypatch.setattr(doctor, "_installed", lambda name: name not in ("datasets", "tensorboard"))
+    rows = doctor.machine()
+    assert rows["extra data"].startswith("missing datasets: pip install 'rae[data]' (Parquet and Arrow files, ")
+    assert rows["extra trackers"] == "missing tensorboard: pip install 'rae[trackers]' (run.trackers: [tensorboard])"
+    assert rows["extra demo"] == "installed"
+    assert doctor.EXTRAS.keys() == extras.keys()
 
 
 def test_verify_passes_its_status_on(run):

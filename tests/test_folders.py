@@ -4,13 +4,15 @@ import contextlib
 import itertools
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from tiny import png
 
-from rae import folders
+from rae import DiffusionModel, folders
 from rae.folders import aside, find_folder, locked, saved_kind
+from rae.sources import SourceError
 
 
 @pytest.mark.parametrize("durable", [False, True])
@@ -53,6 +55,51 @@ def test_a_folder_is_held_by_one_at_a_time(tmp_path):
         raise ValueError("taken")
     with locked(folder, ValueError("taken")):  # let go by an error as well
         assert [file.name for file in folder.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_lock_that_its_holder_has_removed_meanwhile_holds_nothing(tmp_path, monkeypatch, again):
+    def flock(*_) -> None:
+        (tmp_path / ".lock").rename(tmp_path / "gone")
+        if again:
+            (tmp_path / ".lock").touch()
+
+    monkeypatch.setattr(folders.fcntl, "flock", flock)
+    with pytest.raises(ValueError, match=r"^taken$"), locked(tmp_path, ValueError("taken")):
+        pytest.fail("held by a file that nobody else finds")
+
+
+@pytest.mark.parametrize("content", [b"half", None])
+def test_damaged_weights_are_to_be_copied_again(runs, tmp_path, content):
+    for folder in (tmp_path / "copy", tmp_path / "dit/checkpoints/1/model"):
+        shutil.copytree(runs / "dit/checkpoints/000000048/model", folder)
+        file = folder / "model.safetensors"
+        file.write_bytes(content or file.read_bytes()[:-1] + b"x")
+    shutil.copy(runs / "dit/recipe.yaml", tmp_path / "dit")
+    with pytest.raises(ValueError, match=r"its SHA-256 is \w+, config\.json says \w+\. Copy it again\.$"):
+        DiffusionModel.from_pretrained(tmp_path / "copy")
+    remedy = f"Copy it again; `rae doctor {tmp_path / 'dit'}` says what the run can go on from"
+    with pytest.raises(ValueError, match=rf"{remedy}\.$"):
+        DiffusionModel.from_pretrained(tmp_path / "dit/checkpoints/1/model")
+
+
+def test_a_model_that_is_not_there_is_told_what_is(runs, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/nothere", "nothere"):
+        with pytest.raises(SourceError, match=r"A run of `rae train-decoder` makes an autoencoder\.$"):
+            find_folder(name, "an autoencoder")
+    with pytest.raises(SourceError, match=r"no such folder.* A run of `rae train-dit` makes a diffusion model\.$"):
+        find_folder("runs/nothere", "a diffusion model")
+    shutil.copytree(runs / "dit", "runs/dit")
+    Path("runs/dit/kept/000000032").mkdir(parents=True)
+    has = "The run runs/dit has checkpoints/000000024, checkpoints/000000048, kept/000000032"
+    with pytest.raises(SourceError, match=rf"{has}\.$"):
+        find_folder("runs/dit/checkpoints/000000032/model", "a diffusion model")
+    for folder in ("checkpoints", "kept"):
+        shutil.rmtree(f"runs/dit/{folder}")
+    with pytest.raises(SourceError, match=r"The run runs/dit has saved nothing yet\.$"):
+        find_folder("runs/dit/kept/000000032", "a diffusion model")
 
 
 @pytest.mark.parametrize("pointer", ["latest", "best"])

@@ -1,5 +1,10 @@
 """A run at work, whatever it trains: what it reads, says and keeps around the loop."""
 
+import os
+import re
+import shutil
+import signal
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,14 +14,30 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DynamoBackend
+from conftest import invoke
 from PIL import Image
 from tiny import decoder_recipe, log
 
+from rae import processes
+from rae.commands.doctor import machine
 from rae.data.images import DataConfig, ImageError, open_images
 from rae.processes import ProcessError, accelerator
 from rae.training import run as run_module
 from rae.training.checkpoint import save_training_state
+from rae.training.display import progress, time_left
 from rae.training.run import Run
+from rae.training.run_folder import TrainingError
+
+
+@pytest.fixture
+def busy(monkeypatch):
+    """A machine of two cores at load 7, on which torch uses two threads."""
+    monkeypatch.setattr(os, "getloadavg", lambda: (7.2, 0.0, 0.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    processes._load_before.cache_clear()
+    yield
+    processes._load_before.cache_clear()
 
 
 def images(folder: Path, count: int, unreadable: tuple[int, ...] = ()) -> Path:
@@ -48,6 +69,97 @@ def test_an_unreadable_image_is_logged_although_the_run_was_killed_before_the_li
         run.finish_step(loss=1.0)
         run.log()
     assert len(log(tmp_path / "run", "broken")) == 1
+
+
+# --- a new folder
+
+
+def test_a_run_that_is_refused_leaves_nothing(runs, refused, tmp_path):
+    command = ["train-dit", runs / "dit.yaml", f"rae={tmp_path / 'nothere'}", "--out"]
+    told = (
+        f"{tmp_path / 'nothere'}: no such folder; give one that exists. A run of `rae train-decoder` makes an autoenc"
+    )
+    assert told in refused(*command, tmp_path / "new/runs/x")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "runs/x").mkdir(parents=True)
+    (tmp_path / "runs/x/.hidden").touch()
+    for out in ("x", "y"):
+        assert told in refused(*command, tmp_path / "runs" / out)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [".hidden", "runs", "x"]
+    shutil.copy(runs / "dit.yaml", tmp_path / "runs/x/recipe.yaml")  # as of a run that was killed before its first step
+    assert told in refused(*command, tmp_path / "runs/x")
+    assert sorted(path.name for path in (tmp_path / "runs/x").iterdir()) == [".hidden", ".lock", "recipe.yaml"]
+
+
+@pytest.mark.parametrize("computed", ["log.jsonl", "held-out-of-the-judge.safetensors", None])
+def test_what_was_computed_or_is_anothers_stays(tmp_path, computed):
+    folder, other = tmp_path / "runs/x", tmp_path / "runs/other"
+
+    def refuse() -> None:
+        other.mkdir()
+        if computed:
+            (folder / computed).touch()
+        raise TrainingError("refused")
+
+    with pytest.raises(TrainingError, match="refused"), Run(folder, decoder_recipe(tmp_path), epoch=10):
+        refuse()
+    left = {".lock", "recipe.yaml", computed, "other", "runs", "x"} if computed else {"runs", "other"}
+    assert {path.name for path in tmp_path.rglob("*")} == left
+
+
+def test_a_run_that_is_ended_before_its_first_step_stays(tmp_path):
+    with pytest.raises(SystemExit), Run(tmp_path / "run", decoder_recipe(tmp_path), epoch=10):
+        signal.raise_signal(signal.SIGTERM)
+    assert (tmp_path / "run/recipe.yaml").exists()
+
+
+# --- a busy machine
+
+
+@pytest.mark.parametrize(
+    ("load", "cores", "threads", "said"),
+    [
+        (7.2, 2, 2, r"load 7 on 2 cores\), and torch uses 2 threads, .* OMP_NUM_THREADS=1 before the command"),
+        (65, 64, 32, "load 65 on 64 cores"),
+        (7.2, 2, 1, None),
+        (7.2, 8, 8, None),
+        (2.9, 2, 2, None),  # the command before was this one's other half
+    ],
+)
+def test_a_busy_machine_is_told_by_load_cores_and_threads(load, cores, threads, said):
+    told = processes.busy_machine(load, cores, threads)
+    assert re.search(said, told) if said else told is None
+
+
+def test_a_busy_machine_is_told_once_when_work_begins(busy, monkeypatch):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        with progress("nothing to do", 8, start=8):
+            assert not told
+        for title in ("statistics", "training"):
+            with progress(title, 8):
+                pass
+            monkeypatch.setattr(os, "getloadavg", lambda: (9.0, 0.0, 0.0))  # by its own work
+    assert [str(each.message)[:45] for each in told] == ["the machine is busy with other work (load 7 o"]
+    assert machine()["cores"].endswith("OMP_NUM_THREADS=1 before the command helps.")
+    monkeypatch.setattr(processes, "process_state", lambda: SimpleNamespace(device=torch.device("cuda")))
+    assert processes.busy_here() is None
+    assert machine()["cores"].endswith("(torch uses 2)")
+
+
+@pytest.mark.filterwarnings("default::rae.processes.BusyMachine")
+def test_training_on_a_busy_machine_is_told_at_the_command(busy, runs, tmp_path):
+    result = invoke("train-dit", runs / "dit.yaml", "run.duration=1st", "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("the machine is busy with other work (load 7 on 2 cores)") == 1
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.2, "0 s left"), (119, "119 s left"), (120, "2 min left")])
+def test_little_time_left_is_told_in_seconds(seconds, said):
+    assert time_left(seconds) == said
+
+
+# ---
 
 
 def test_held_out_images_of_which_none_can_be_read(tmp_path):

@@ -15,13 +15,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rae.sources import MODEL_REMEDIES, fetch_hub, source_of
+from rae.sources import MODEL_REMEDIES, SourceError, fetch_hub, source_of
 
 
 def find_folder(folder_or_hub_id: str | Path, what: str) -> Path:
@@ -33,7 +34,8 @@ def find_folder(folder_or_hub_id: str | Path, what: str) -> Path:
 
     Raises:
         ValueError: a file; a run that has saved nothing yet; or one whose `latest` or `best` names no checkpoint of it.
-        SourceError: neither an existing folder nor a hub id, or not to be had from the hub.
+        SourceError: neither an existing folder nor a hub id, or not to be had from the hub; with what the run has that
+            it would be in, or the command that makes such a model.
     """
     path = Path(folder_or_hub_id).expanduser()
     if _is_pointer(path):
@@ -43,7 +45,10 @@ def find_folder(folder_or_hub_id: str | Path, what: str) -> Path:
             f"{path} is a file; {what} is a folder. Pickles (.pt, .pth, .bin) are not loaded: `rae convert` "
             "makes a folder of one by the authors that you trust."
         )
-    kind, _, name = source_of(folder_or_hub_id).partition(":")
+    try:
+        kind, _, name = source_of(folder_or_hub_id).partition(":")
+    except SourceError as error:
+        raise SourceError(f"{error} {_what_there_is(path, what)}") from error
     if kind == "hub":
         return fetch_hub(name, ["config.json", "*.safetensors", "encoder/*"], MODEL_REMEDIES)
     folder = Path(name)
@@ -56,6 +61,19 @@ def find_folder(folder_or_hub_id: str | Path, what: str) -> Path:
             raise ValueError(f"{folder}: this run has saved nothing yet; let it reach its first checkpoint.")
         return found[-1] / "model"
     return folder
+
+
+def _what_there_is(path: Path, what: str) -> str:
+    """In place of a model that is not at `path`."""
+    if run := run_of(path):
+        there = [str(found.relative_to(run)) for found in (*checkpoints(run), *checkpoints(run, "kept"))]
+        return f"The run {run} has {', '.join(there) or 'saved nothing yet'}."
+    return f"A run of `rae {'train-decoder' if what == 'an autoencoder' else 'train-dit'}` makes {what}."
+
+
+def run_of(path: Path) -> Path | None:
+    """The folder of the run that `path` is, or lies in; None if there is none."""
+    return next((place for place in (path, *path.parents) if (place / "recipe.yaml").is_file()), None)
 
 
 def check_kind(folder: Path, wanted: str) -> None:
@@ -99,9 +117,9 @@ def _named_by(pointer: Path) -> Path:
     raise ValueError(f"{pointer} names checkpoint {name!r}, which is not there; {others}. See `rae doctor {run}`.")
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """All complete checkpoints of a run, oldest first; they are named by images seen."""
-    found = (path for path in run.glob("checkpoints/*") if path.name.isdecimal())
+def checkpoints(run: Path, where: Literal["checkpoints", "kept"] = "checkpoints") -> list[Path]:
+    """All complete checkpoints of a run, oldest first, or the models it keeps; they are named by images seen."""
+    found = (path for path in (run / where).glob("*") if path.name.isdecimal())
     return sorted(found, key=lambda path: int(path.name))
 
 
@@ -125,13 +143,20 @@ def load_tensors(folder: Path, name: str, files: Mapping[str, str]) -> dict[str,
         raise ValueError(f"{path} is missing; the folder was copied in part, copy it whole.")
     found, wanted = sha256(path), files.get(name)
     if found != wanted:
-        raise ValueError(f"{path} is damaged or was changed: its SHA-256 is {found}, config.json says {wanted}.")
+        raise ValueError(
+            f"{path} is damaged or was changed: its SHA-256 is {found}, config.json says {wanted}. {_copy_again(path)}"
+        )
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a readable safetensors file: {error}. {_copy_again(path)}") from error
     _check_types(tensors, f"{path} cannot be loaded", "save it from a model in float32")
     return tensors
+
+
+def _copy_again(path: Path) -> str:
+    run = run_of(path)
+    return f"Copy it again{f'; `rae doctor {run}` says what the run can go on from' if run else ''}."
 
 
 def _check_types(tensors: Mapping[str, Tensor], what: str, remedy: str) -> None:
@@ -189,7 +214,16 @@ def locked(folder: Path, taken: Exception) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise taken from error
+        if not _is_same(lock.fileno(), folder / ".lock"):
+            raise taken  # whoever held it was refused, and has taken its new folder back meanwhile
         yield
+
+
+def _is_same(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def write_folder(folder: str | Path, kind: str, write: Callable[[Path], None]) -> None:

@@ -1,6 +1,8 @@
-"""This process among those that `torchrun` or `accelerate launch` started."""
+"""This process among those that `torchrun` or `accelerate launch` started, and among whatever else keeps a CPU busy."""
 
+import functools
 import os
+import warnings
 from datetime import timedelta
 
 import torch
@@ -13,6 +15,10 @@ PATIENCE = timedelta(hours=6)
 
 class ProcessError(RuntimeError):
     """Processes that were started together do not see each other."""
+
+
+class BusyMachine(UserWarning):
+    """What else runs on this machine makes torch's threads wait for each other."""
 
 
 def process_state() -> PartialState:
@@ -59,6 +65,43 @@ def accelerator(**settings) -> Accelerator:
 def on_this_machine() -> int:
     """How many of the processes share this machine's memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def busy_machine(load: float, cores: int, threads: int) -> str | None:
+    """What to say of a machine whose other work leaves no cores for `threads` of torch; None where there is nothing.
+
+    A step of several threads ends with the slowest of them, and the others spend their time on waiting for it.
+
+    Args:
+        load: processes that run or wait for a core, on average over a minute, before this one computes. Less than one
+            more than there are cores is what a command that has just ended leaves behind.
+        cores: of the machine.
+        threads: of torch, in this process.
+    """
+    if threads == 1 or load < cores + 1:
+        return None
+    return (
+        f"the machine is busy with other work (load {load:.0f} on {cores} cores), and torch uses {threads} threads, "
+        "which wait for each other: work that takes a minute may take a quarter of an hour. OMP_NUM_THREADS=1 before "
+        "the command helps."
+    )
+
+
+def busy_here() -> str | None:
+    """The same of this machine, as it was when this process first asked; of one whose GPU computes there is nothing."""
+    load, cores = _load_before(), os.cpu_count()
+    return busy_machine(load, cores, torch.get_num_threads()) if process_state().device.type == "cpu" else None
+
+
+def warn_if_busy() -> None:
+    """Warn of it, once in a process, when something long begins."""
+    if message := busy_here():
+        warnings.warn(message, BusyMachine, stacklevel=2)
+
+
+@functools.cache
+def _load_before() -> float:
+    return os.getloadavg()[0]  # later, this process is part of it
 
 
 def _started() -> int:

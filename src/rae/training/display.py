@@ -12,18 +12,21 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rae.data.images import to_bytes
-from rae.processes import process_state
+from rae.processes import process_state, warn_if_busy
 
 
 @contextlib.contextmanager
 def progress(
     title: str, total: int, *, start: int = 0, console: Console | None = None
 ) -> Iterator[Callable[[int, str], None]]:
-    """A bar with images/s and time left; where there is no terminal, a line every 30 seconds.
+    """A bar with images/s and time left; where there is no terminal, a line every 30 seconds. On a CPU that is busy
+    with other work, its threads and remedy are told first.
 
     Yields:
         advance(done, note): `done` of `total` images are done.
     """
+    if total > start:
+        warn_if_busy()
     console = console or Console(stderr=True, quiet=not process_state().is_main_process)
     begun = last = time.monotonic()
 
@@ -35,11 +38,8 @@ def progress(
         def advance(done: int, note: str = "") -> None:
             nonlocal last
             if (now := time.monotonic()) - last > 30:
-                left = (total - done) * (now - begun) / max(done - start, 1)
-                console.print(
-                    f"{title}: {done:,} of {total:,} images, {speed(done)}, {left / 60:.0f} min left  {note}",
-                    highlight=False,
-                )
+                left = time_left((total - done) * (now - begun) / max(done - start, 1))
+                console.print(f"{title}: {done:,} of {total:,} images, {speed(done)}, {left}  {note}", highlight=False)
                 last = now
 
         yield advance
@@ -49,6 +49,11 @@ def progress(
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=total, completed=start, speed="", note="")
         yield lambda done, note="": bar.update(task, completed=done, speed=speed(done), note=note)
+
+
+def time_left(seconds: float) -> str:
+    """In seconds where that is less than two minutes."""
+    return f"{seconds:.0f} s left" if seconds < 120 else f"{seconds / 60:.0f} min left"
 
 
 def save_sheet(rows: list[torch.Tensor], path: Path) -> np.ndarray:

@@ -137,7 +137,7 @@ class Run:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stack.close()
+        self._stack.__exit__(*error)  # with the error, by which `claim` knows that the run was refused
 
     @property
     def finished(self) -> bool:

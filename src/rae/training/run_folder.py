@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.filesize import decimal
 from rich.table import Table
 
 from rae.config import Config, ConfigError, load_recipe
@@ -41,12 +42,33 @@ class TrainingError(RuntimeError):
 
 @contextlib.contextmanager
 def claim(folder: Path) -> Iterator[None]:
-    """Lock the run's folder, a new one or one of a run."""
+    """Lock the run's folder, a new one or one of a run. An error before there is a log leaves nothing new behind."""
     is_run = (folder / "recipe.yaml").exists()
-    if not is_run and folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+    before = set(folder.iterdir()) if folder.exists() else set()
+    if not is_run and any(not path.name.startswith(".") for path in before):
         raise TrainingError(f"{folder} holds files but no run (no recipe.yaml); give a new folder.")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     with locked(folder, TrainingError(f"another process is training in {folder}; end it or give another folder.")):
-        yield
+        try:
+            yield
+        except Exception:
+            if not is_run:
+                _take_back(folder, before, made)
+            raise
+
+
+def _take_back(folder: Path, before: set[Path], made: list[Path]) -> None:
+    """Remove a run that was refused: its recipe, its lock and the folders made for it, innermost first.
+
+    Nothing is removed where there is more than that, or where another process has put something into a folder since.
+    """
+    new = set(folder.iterdir()) - before
+    if {path.name for path in new} <= {"recipe.yaml", ".lock"}:
+        for path in new:
+            path.unlink()
+        with contextlib.suppress(OSError):  # not empty
+            for path in made:
+                path.rmdir()
 
 
 def check_recipe(folder: Path, recipe: Config) -> None:
@@ -168,7 +190,7 @@ def written(folder: Path) -> Table:
 
 def size(path: Path) -> str:
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return f"{sum(file.stat().st_size for file in files) / 2**20:,.1f} MiB"
+    return decimal(sum(file.stat().st_size for file in files))
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
