@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from rich.filesize import decimal
 from tiny import adversarial, decoder_recipe
 
 from rae import RAE
@@ -22,7 +23,7 @@ from rae.data.latent_format import shard_path
 from rae.diffusion.flow import Flow
 from rae.evaluation.flow_loss import mean_trivial_loss
 from rae.training.decoder import train_decoder
-from rae.training.run_folder import claim
+from rae.training.run_folder import claim, size
 
 
 def change_recipe(run: Path, **changes) -> None:
@@ -125,6 +126,22 @@ def test_held_out_loss_by_time_is_shown_beside_the_trivial_one(dit, capsys):
     assert by_time(read_run(dit)) == [(0.0, 0.5, 1.0), (0.9, 0.75, 1.5)]
     print_report(dit)
     assert "50%" in capsys.readouterr().out
+
+
+def test_that_no_loss_by_time_is_known_is_said(dit, decoder, capsys):
+    for run, held_out, said in ((dit, 0.1, False), (dit, 0.0, True), (decoder, 0.0, False)):
+        change_recipe(run, data__held_out=held_out)
+        assert print_report(run) == 0  # it is no fault
+        assert (
+            "no held-out images: its loss by time is not known; data.held_out=0.1" in capsys.readouterr().out
+        ) == said
+
+
+def test_sizes_are_in_units_that_fit_them(dit):
+    (dit / "checkpoints/000000048/model/config.json").write_bytes(b"x" * 5_000_000)
+    assert size(dit / "checkpoints/000000048/model/config.json") == "5.0 MB"
+    assert size(dit / "recipe.yaml").endswith((" bytes", " kB"))
+    assert "0.0" not in facts(read_run(dit))["checkpoints"]
 
 
 def test_what_is_no_run_is_refused(tmp_path, dit):
@@ -258,6 +275,34 @@ def test_a_run_that_saved_nothing(dit):
     assert only(dit).startswith("it ended after 0 images\nThe same")
 
 
+@pytest.mark.parametrize(
+    ("stage", "changes", "what"),
+    [
+        (
+            "dit",
+            {"rae": "NOWHERE"},
+            r"its autoencoder .*nowhere is not here.*\n`rae train-decoder` makes one; rae=FOLDER",
+        ),
+        ("dit", {"latents": "NOWHERE"}, r"latents .*nowhere: "),
+        (
+            "decoder",
+            {"encoder__name": "NOWHERE"},
+            r"its encoder is not here: .*nowhere: no such folder.*\nencoder.name=",
+        ),
+        ("decoder", {"data__source": "NOWHERE"}, r"data.source .*nowhere: there is no such folder"),
+    ],
+)
+def test_a_run_that_cannot_begin(stage, changes, what, request, tmp_path):
+    run = request.getfixturevalue(stage)
+    for name in ("checkpoints", "log.jsonl", "latest", "best"):
+        shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink(missing_ok=True)
+    assert "\nThe same command begins anew" in only(run)
+    change_recipe(run, **{key: str(tmp_path / "nowhere") for key in changes})
+    ended, missing = found(run)
+    assert ended.endswith("\nOnce the following is put right, the same command begins anew, since nothing is saved.")
+    assert re.match(what, missing)
+
+
 def test_steps_after_the_checkpoint_and_the_reason_of_the_end_are_told(dit):
     change_recipe(dit, run__duration="100st")
     lines = [json.loads(line) for line in (dit / "log.jsonl").read_text().splitlines()]
@@ -295,7 +340,7 @@ def test_a_disk_that_the_next_checkpoint_does_not_fit(dit, monkeypatch):
     assert found(dit) == []  # it is finished
     change_recipe(dit, run__duration="9st")
     _, full = found(dit)
-    assert "MiB are free on the disk" in full
+    assert f"{decimal(size)} are free on the disk; a checkpoint takes {decimal(size)}" in full
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2 * size))
     assert len(found(dit)) == 1
 
@@ -488,10 +533,10 @@ def test_a_loss_above_the_trivial_one_is_found_after_a_while(dit):
 @pytest.mark.parametrize(
     ("warmup", "steps", "made", "said"),
     [
-        (0, 60, 60, "60 steps are made, from 100 on they tell whether anything is learnt, which it does not reach."),
-        (0, 1000, 99, "99 steps are made, from 500 on they tell whether anything is learnt."),
-        (200, 150, 150, "150 steps are made, from 200 on .*, which it does not reach."),
-        (200, 300, 199, "199 steps are made, from 200 on they tell whether anything is learnt."),
+        (0, 60, 60, r"learnt from step 100 on, and 60 steps are made\. It ends before that, at step 60\.\n"),
+        (0, 1000, 99, r"they tell whether anything is learnt from step 500 on, and 99 steps are made\.\n"),
+        (200, 150, 150, r"from step 200 on, and 150 steps are made\. It ends before that, at step 150\.\n"),
+        (200, 300, 199, r"they tell whether anything is learnt from step 200 on, and 199 steps are made\.\n"),
         (200, 300, 200, None),
     ],
 )

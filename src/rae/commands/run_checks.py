@@ -12,8 +12,10 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from rich.filesize import decimal
 
 from rae.autoencoder.baselines import is_baseline
+from rae.autoencoder.families import ENCODERS
 from rae.autoencoder.rae import RAEConfig, saved_latent_identity
 from rae.commands.autoencoder_of import is_downloaded, places_of
 from rae.commands.run_record import RunRecord
@@ -24,6 +26,7 @@ from rae.data.latent_cache import open_cache
 from rae.data.latent_format import CacheError
 from rae.diffusion.flow import Flow
 from rae.evaluation.flow_loss import mean_trivial_loss
+from rae.sources import SourceError, source_of
 from rae.training.adversarial import health
 from rae.training.decoder import DecoderRecipe
 from rae.training.diagnosis import lag_warning, trivial_warning
@@ -117,7 +120,9 @@ def check_end(run: RunRecord) -> Iterator[str]:
     goes = f"goes on from {run.saved:,}" if run.saved else "begins anew, since nothing is saved"
     end = ", to the same end unless that is changed" if reason else ""
     told = f": {reason}" if reason else ""
-    yield f"it ended after {run.seen:,}{of_all} images{lost}{told}\nThe same command {goes}{end}."
+    refused = any(itertools.chain.from_iterable(check(run) for check in (check_encoder, check_autoencoder, check_data)))
+    then = "Once the following is put right, the same command" if refused else "The same command"
+    yield f"it ended after {run.seen:,}{of_all} images{lost}{told}\n{then} {goes}{end}."
 
 
 def check_disk(run: RunRecord) -> Iterator[str]:
@@ -127,16 +132,16 @@ def check_disk(run: RunRecord) -> Iterator[str]:
     free = shutil.disk_usage(run.folder).free
     if free < 1.2 * needed:
         yield (
-            f"{free / 2**20:,.0f} MiB are free on the disk; a checkpoint takes {needed / 2**20:,.0f} MiB, and is "
-            "written before an older one is removed.\nMake room."
+            f"{decimal(free)} are free on the disk; a checkpoint takes {decimal(needed)}, and is written before an "
+            "older one is removed.\nMake room."
         )
 
 
 def check_autoencoder(run: RunRecord) -> Iterator[str]:
-    """Looks where `rae sample` does."""
-    if not isinstance(run.recipe, DiTRecipe) or run.state is None:
+    """Looks where `rae sample` does; before the first checkpoint, for one that training can begin with."""
+    if not isinstance(run.recipe, DiTRecipe):
         return
-    name, trained = run.recipe.rae, run.state["identity"]["latents"]
+    name, trained = run.recipe.rae, run.state["identity"]["latents"] if run.state else None
     if is_baseline(name):  # pixels need nothing; of SD-VAE, whether it is the same one is told by its weights alone
         weights = name.partition(":")[2].rpartition("@")[0]
         if weights and not Path(weights).expanduser().is_dir() and not is_downloaded(weights):
@@ -152,20 +157,32 @@ def check_autoencoder(run: RunRecord) -> Iterator[str]:
         except ValueError as error:
             others.append(f"cannot be read: {error}")
             continue
-        if found == trained:
+        if trained in (found, None):
             return
         others.append(f"is another one now: the model lives in latent space {trained[:12]}, {place} has {found[:12]}.")
-    if others or not is_downloaded(name):
-        yield (
-            f"its autoencoder {name} {others[0] if others else 'is not here, nor was it downloaded from the hub.'}\n"
-            f"`rae sample {run.folder} --autoencoder FOLDER` takes it from elsewhere, and so does rae=FOLDER behind "
-            "the training command. Only the decoder may be another one."
-        )
+    if not others and is_downloaded(name):
+        return
+    remedy = (
+        f"`rae sample {run.folder} --autoencoder FOLDER` takes it from elsewhere, and so does rae=FOLDER behind the "
+        "training command. Only the decoder may be another one."
+        if run.state
+        else "`rae train-decoder` makes one; rae=FOLDER behind the training command takes it from elsewhere."
+    )
+    why = others[0] if others else "is not here, nor was it downloaded from the hub."
+    yield f"its autoencoder {name} {why}\n{remedy}"
 
 
 def check_encoder(run: RunRecord) -> Iterator[str]:
     """Of stage 1; the hub and the wheel are asked when it is needed."""
-    if not isinstance(run.recipe, DecoderRecipe) or run.state is None:
+    if not isinstance(run.recipe, DecoderRecipe):
+        return
+    if run.state is None:
+        name = run.recipe.encoder.name
+        try:
+            if name not in ENCODERS:
+                source_of(name)
+        except SourceError as error:
+            yield f"its encoder is not here: {error}\nencoder.name=FOLDER behind the training command names another."
         return
     config = read_json(RAEConfig, run.intact[-1] / "model/config.json")
     kind, _, source = config.encoder.source.partition(":")

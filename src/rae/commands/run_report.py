@@ -39,7 +39,7 @@ def print_report(folder: Path) -> int:
         console.print(Text(f"{number}. {what}", "yellow"), soft_wrap=True)
         for line in rest:
             console.print(Text(f"   {line}"), soft_wrap=True)
-    notes = [too_early(run)] if too_early(run) else []
+    notes = [note for note in (too_early(run), not_judged(run)) if note]
     if run.recipe and run.finished:
         notes += [f"To train longer: {missing}" for missing in missing_data(run)]
     for note in notes:
@@ -53,11 +53,19 @@ def too_early(run: RunRecord) -> str | None:
     """What to say of stage 2 before its losses are judged."""
     if not isinstance(run.recipe, DiTRecipe) or run.state is None or run.missing_state or run.judged:
         return None
-    never = ", which it does not reach" if run.total and run.judged_from > run.total // run.recipe.run.batch else ""
+    steps = run.total and run.total // run.recipe.run.batch
+    never = f" It ends before that, at step {steps:,}." if steps and steps < run.judged_from else ""
     return (
-        f"It is too early to judge its losses: {run.step:,} steps are made, from {run.judged_from:,} on they tell "
-        f"whether anything is learnt{never}."
+        "It is too early to judge its losses: they tell whether anything is learnt from step "
+        f"{run.judged_from:,} on, and {run.step:,} steps are made.{never}"
     )
+
+
+def not_judged(run: RunRecord) -> str | None:
+    """What to say of stage 2 where no images are kept back."""
+    if not isinstance(run.recipe, DiTRecipe) or run.recipe.data.held_out:
+        return None
+    return "no held-out images: its loss by time is not known; data.held_out=0.1 in a new run keeps a tenth back."
 
 
 def facts(run: RunRecord) -> dict[str, str]:
