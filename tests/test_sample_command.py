@@ -19,7 +19,7 @@ import torch
 from conftest import invoke
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import png
+from tiny import decoder_recipe, png, save_encoder
 
 from rae import RAE, DiffusionModel
 from rae.commands import sample, sample_folder
@@ -27,6 +27,7 @@ from rae.commands.sample import choose_labels, split_labels
 from rae.data.images import to_bytes
 from rae.diffusion.guidance import CFG
 from rae.diffusion.sampling import time_grid
+from rae.training.decoder import train_decoder
 
 
 def pngs(folder: Path) -> np.ndarray:
@@ -270,7 +271,7 @@ def test_python_of_the_page_runs(whole, runs, tmp_path, monkeypatch):
     assert np.array_equal(to_bytes(names["images"])[3].permute(1, 2, 0).numpy(), pngs(whole)[3])
 
 
-def test_latents_may_be_added_and_not_left_out(whole, coupled, runs, run, refused, tmp_path):
+def test_latents_may_be_added_and_stay(whole, coupled, runs, run, refused, tmp_path):
     command = ["sample", runs / "dit", *(part for part in BATCH if part != "--latents"), "--out", tmp_path / "out"]
     run(*command)
     assert not (tmp_path / "out/latents").exists()
@@ -278,9 +279,26 @@ def test_latents_may_be_added_and_not_left_out(whole, coupled, runs, run, refuse
     run(*command, "--latents")
     assert made(tmp_path / "out") == made(whole)
     assert (tmp_path / "out/000003.png").stat().st_mtime_ns == before
-    assert "another way:\n  latents_kept: True -> False\nAsk for the same" in refused(*command)
+    said = json.loads((tmp_path / "out/samples.json").read_text())
+    output = run(*command)  # it keeps them, asked for or not
+    assert f"latents are kept, since {tmp_path / 'out'} keeps them" in output
+    assert "nothing was missing" in output
+    assert json.loads((tmp_path / "out/samples.json").read_text()) == said
     (tmp_path / "out/latents/000003.safetensors").write_bytes(b"")
     assert "000003.safetensors is damaged (it is empty); delete it" in refused(*command, "--latents")
+    (tmp_path / "out/latents/000003.safetensors").unlink()
+    (tmp_path / "out/000008.png").unlink()
+    run(*command)
+    assert made(tmp_path / "out") == made(whole)
+    run(*command, "--num", 12)
+    assert len(latents(tmp_path / "out")) == len(pngs(tmp_path / "out")) == 12
+
+
+def test_an_npz_holds_the_images_of_a_folder_with_latents(runs, run, tmp_path):
+    command = ["sample", runs / "dit", "--num", 2, "--steps", 2, "--out", tmp_path / "out"]
+    command += ["--npz", tmp_path / "x.npz", "--no-pngs"]
+    run(*command, "--latents")
+    assert "holds them already" in run(*command)
 
 
 def test_latents_that_have_no_room(runs, refused, tmp_path, monkeypatch):
@@ -485,3 +503,25 @@ def test_an_autoencoder_of_another_latent_space_is_passed_over(moved, run, refus
     assert "error: the diffusion model was trained in latent space" in refused(*command)
     shutil.rmtree("runs/decoder")
     assert "was trained with autoencoder 'runs/decoder', which is not here, nor in a folder above" in refused(*command)
+
+
+def test_an_autoencoder_that_does_not_fit_is_told_the_right_one(moved, refused, tmp_path):
+    other = train_decoder(
+        decoder_recipe(save_encoder(tmp_path / "encoder", patch_size=16), decoder__patch_size=16, run__duration="1st"),
+        tmp_path / "other",
+    )
+    command = ["--autoencoder", other, "--num", 1, "--steps", 2, "--out", "out"]
+    wrong = f"--autoencoder {other}: the autoencoder's latents are (16, 1, 1), the model wants (16, 2, 2) (C, h, w)."
+    output = refused("sample", moved / "runs/dit", *command)
+    assert f"{wrong} {moved / 'runs/dit'} was trained with runs/decoder, which is taken without --autoenc" in output
+    shutil.copytree(moved / "runs/dit/checkpoints/000000048/model", "converted")  # of which nothing more is known
+    assert refused("sample", "converted", *command).strip().endswith(wrong)
+    assert not Path("out").exists()
+
+
+def test_a_guiding_checkpoint_that_is_not_there_is_told_the_others(runs, refused, tmp_path):
+    gone, command = runs / "dit/checkpoints/000000040", ["sample", runs / "dit", "--out", tmp_path / "out"]
+    has = f"The run {runs / 'dit'} has checkpoints/000000024, checkpoints/000000048."
+    for path in (gone, gone / "model"):
+        assert f"{path}: no such folder; give one that exists. {has}" in refused(*command, "--autoguidance", path, 1.5)
+    assert has in refused("sample", gone, *command[2:])

@@ -8,6 +8,7 @@ from rae.autoencoder.baselines import Autoencoder, is_baseline, open_autoencoder
 from rae.commands.doctor import in_hub_cache
 from rae.config import ConfigError, load_recipe
 from rae.diffusion.model import DiffusionModel
+from rae.folders import run_of
 from rae.sources import SourceError
 from rae.training.dit_recipe import DiTRecipe
 
@@ -27,11 +28,9 @@ def autoencoder_of(model: DiffusionModel, run: str | Path, say: Callable[[str], 
         ConfigError: not part of a run, so nothing says which; or none is here, nor was it downloaded before.
         ValueError, SourceError: of what was found, the first reason why it was not taken.
     """
-    path = Path(os.path.abspath(Path(run).expanduser()))
-    folder = next((p for p in (path, *path.parents[:3]) if (p / "recipe.yaml").is_file()), None)
-    if folder is None:
+    if not (folder := _run_of(run)):
         raise ConfigError(f"{run} is not the folder of a run, which would name its autoencoder; give --autoencoder.")
-    name = load_recipe(DiTRecipe, folder / "recipe.yaml").rae
+    name = _named_by(folder)
     if is_baseline(name):
         return name, open_autoencoder(name)
     errors = []
@@ -52,6 +51,37 @@ def autoencoder_of(model: DiffusionModel, run: str | Path, say: Callable[[str], 
         f"{run} was trained with autoencoder {name!r}, which is not here, nor in a folder above the run; start from "
         "the folder it was trained in, or give --autoencoder."
     )
+
+
+def other_autoencoder(name: str, model: DiffusionModel, run: str | Path) -> Autoencoder:
+    """The autoencoder `name`, which is to take the place of the one that the recipe of a run names.
+
+    Args:
+        name: of `open_autoencoder`.
+        model, run: as above; nothing is asked of a model that is not part of a run.
+
+    Raises:
+        ValueError, SourceError: as `open_autoencoder`.
+        ConfigError: it has another latent space than the model; names the one that was trained with.
+    """
+    rae = open_autoencoder(name)
+    try:
+        model.check_autoencoder(rae)
+    except ValueError as error:
+        folder = _run_of(run)
+        trained = (
+            f" {run} was trained with {_named_by(folder)}, which is taken without --autoencoder." if folder else ""
+        )
+        raise ConfigError(f"--autoencoder {name}: {error}{trained}") from error
+    return rae
+
+
+def _run_of(path: str | Path) -> Path | None:
+    return run_of(Path(os.path.abspath(Path(path).expanduser())))
+
+
+def _named_by(run: Path) -> str:
+    return load_recipe(DiTRecipe, run / "recipe.yaml").rae
 
 
 def places_of(name: str, run: Path) -> list[Path]:

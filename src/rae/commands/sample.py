@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rae.autoencoder.baselines import Autoencoder, open_autoencoder
-from rae.commands.autoencoder_of import autoencoder_of
+from rae.autoencoder.baselines import Autoencoder
+from rae.commands.autoencoder_of import autoencoder_of, other_autoencoder
 from rae.commands.pictures import OutputError, Rounding, check_file, picture_name
 from rae.commands.sample_folder import (
     PROTOCOL,
     is_packed,
+    keeps_latents,
     latent_name,
     pack,
     protocol_of,
@@ -66,7 +67,7 @@ def sample_to_folder(
         autoencoder: folder or hub id; None = the one that the run `model` was trained with.
         labels, num, per_class, random_labels: see `choose_labels`.
         interval: of shifted times, for either guidance.
-        latents: keep them as well.
+        latents: keep them as well; a folder that keeps some keeps all.
         npz: one file of all images.
         no_pngs: remove the PNGs once they are in `npz`.
         The others are those of `generate` and `write_samples`.
@@ -91,11 +92,13 @@ def sample_to_folder(
     if guidance and guidance.scale <= 1:
         warn(_weak_guidance(guidance))
     if autoencoder:
-        rae = open_autoencoder(autoencoder)
+        rae = other_autoencoder(autoencoder, diffusion, model)
     else:
         autoencoder, rae = autoencoder_of(diffusion, model, warn)
     say(f"autoencoder: {autoencoder}")
     rae = rae.to(device)
+    if not latents and (latents := keeps_latents(out)):
+        say(f"latents are kept, since {out} keeps them")
     settings = {"seed": seed, "rounding": rounding, "keep_latents": latents}
     settings |= {"steps": steps, "grid": grid, "sampler": sampler, "guidance": guidance}
     say(

@@ -43,6 +43,11 @@ def latent_name(index: int) -> str:
     return f"latents/{index:06d}.safetensors"
 
 
+def keeps_latents(folder: Path) -> bool:
+    """Whether the folder's samples have their latents beside them, which those that are added to it have then too."""
+    return _read_protocol(folder).get("latents_kept") is True
+
+
 def files_of(folder: Path, index: int, keep_latents: bool) -> list[Path]:
     """What there is of image `index` once it is made."""
     return [folder / name(index) for name in (picture_name, latent_name)[: 1 + keep_latents]]
@@ -182,10 +187,7 @@ def _claim(
     folder: Path, protocol: dict[str, Any], job: dict[str, Any] | None, console: Console
 ) -> list[dict[str, Any]]:
     """Keep protocol and job in the folder, unless it holds another protocol; returns the jobs before."""
-    try:
-        before = list(json.loads((folder / PROTOCOL).read_text())["jobs"])
-    except (OSError, ValueError, KeyError, TypeError):
-        before = []  # `claim` says what is wrong with it
+    before = _read_protocol(folder).get("jobs") or []
     jobs = before if job is None else [*before, job]
     # image i needs no other one
     claim(folder, PROTOCOL, protocol | {"jobs": jobs}, grows=("images", "labels", "latents_kept", "jobs"))
@@ -196,6 +198,14 @@ def _claim(
         )
         console.print(text, style="yellow", highlight=False, soft_wrap=True)
     return before
+
+
+def _read_protocol(folder: Path) -> dict[str, Any]:
+    """What samples.json says; nothing where there is none, or a damaged one, of which `claim` says what is wrong."""
+    try:
+        return dict(json.loads((folder / PROTOCOL).read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def _write(picture: np.ndarray, latent: Tensor, files: list[Path]) -> bool:
