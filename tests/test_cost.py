@@ -168,6 +168,7 @@ def test_devices_share_a_batch(runs):
 def test_hours_and_money_of_a_data_sheet(capsys):
     found = told(capsys, MAIN, device="h100", devices=8, price=2.5)
     training, estimate = found["training"], found["estimate"]
+    assert all(type(size) is int for size in found["memory"]["bytes"].values())
     (phase,) = training["phases"]
     encode, network = (work["flops"] for work in phase["work"])
     seconds = encode / (SHARE * 67e12) + network / (SHARE * 989e12)
@@ -253,6 +254,9 @@ def test_tables_name_what_is_counted_and_what_is_assumed(capsys, monkeypatch):
     for words in ("counted, one image forwards", "by account", "assumed: 35%", "not in it", "money", "latent cache"):
         assert words in text
     assert "673,705,216" in text
+    assert "of one device" not in text  # which says nothing new of one
+    print_cost([str(MAIN)], device="a100", devices=8)
+    assert "of one device" in capsys.readouterr().out
     print_published()
     assert "55%" in capsys.readouterr().out
 

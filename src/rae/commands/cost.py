@@ -141,13 +141,15 @@ def plan(subject: Subject, devices: int) -> tuple[Length, list[Phase]]:
 
 def memory(
     subject: Subject, size: Length, *, micro: int | None = None, recompute: bool | None = None
-) -> dict[str, float]:
+) -> dict[str, int]:
     """What => bytes on each device, with `micro` images at a time; None = as the recipe says."""
     recipe, micro = subject.recipe, micro or size.micro
     recompute = recipe.run.recompute if recompute is None else recompute
     if isinstance(recipe, DecoderRecipe):
-        return decoder_memory(recipe, subject.space.decoder, subject.parts, size, micro=micro, recompute=recompute)
-    return dit_memory(recipe, subject.model.network, subject.parts, size, micro=micro, recompute=recompute)
+        found = decoder_memory(recipe, subject.space.decoder, subject.parts, size, micro=micro, recompute=recompute)
+    else:
+        found = dit_memory(recipe, subject.model.network, subject.parts, size, micro=micro, recompute=recompute)
+    return {what: round(size) for what, size in found.items()}
 
 
 def latent_bytes(subject: Subject) -> dict[str, int]:
@@ -303,7 +305,8 @@ def _estimate_table(told: dict[str, Any]) -> Table:
     table.add_row("not in it", found["left_out"])
     for phase, rate in zip(told["training"]["phases"], found["images_per_second"]):
         table.add_row(phase["name"], f"{rate:,.4g} images/s")
-    table.add_row("hours", f"[bold]{found['hours']:,.3g}[/], {found['device_hours']:,.3g} of one device")
+    of_one = f", {found['device_hours']:,.3g} of one device" if found["devices"] > 1 else ""
+    table.add_row("hours", f"[bold]{found['hours']:,.3g}[/]{of_one}")
     if "money" in found:
         table.add_row("money", f"{found['money']:,.0f}, at {found['price']:g} for an hour of one")
     verdict = "[green]enough" if found["fits"] else "[red]too little"
