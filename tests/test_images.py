@@ -68,9 +68,9 @@ def test_class_folders_in_sorted_order(folder):
 def test_classes_of_a_folder_can_be_left_alone_and_columns_it_has_none(folder):
     assert open_images(folder, label="").class_names is None
     assert open_images(folder, label="").labels == [0] * 5
-    with pytest.raises(ImageError, match=r"data\.image=photo names a column, and .* has none: take the key out"):
+    with pytest.raises(ImageError, match=r"--image photo \(.* data\.image=photo\) names a column, and .* has none"):
         open_images(folder, image="photo")
-    with pytest.raises(ImageError, match=r"data\.label=class names a column"):
+    with pytest.raises(ImageError, match=r"--label class \(.* data\.label=class\) names a column"):
         open_split(DataConfig(source=str(folder), label="class"))
 
 

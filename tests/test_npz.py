@@ -357,7 +357,7 @@ def test_labels_that_are_none(tmp_path, labels, message):
     with pytest.raises(ImageError, match=message) as error:
         open_images(path)
     assert "x.npz, arr_1, is" in str(error.value)
-    assert "data.label= and nothing behind it" in str(error.value)
+    assert "--label '', in a recipe data.label= and nothing behind it" in str(error.value)
     assert same(open_images(path, label=""))
 
 

@@ -227,7 +227,9 @@ def test_files_that_cannot_be_streamed(hub):
 
 
 def test_columns_are_chosen_as_of_tables(hub):
-    with pytest.raises(ImageError, match=r"data\.image=picture: .* no such column; it has image, other, label"):
+    with pytest.raises(
+        ImageError, match=r"--image picture \(.* data\.image=picture\): .* no such column; it has image, other, label"
+    ):
         open_stream(SOURCE, "picture", None)
     hub.files[SECOND] = parquet(range(7, 12), label=Value("int64"))
     forget()

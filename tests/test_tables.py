@@ -143,15 +143,21 @@ def test_columns_are_named_where_there_are_several(tmp_path):
     )
     with pytest.raises(ImageError, match=r"2 columns of type Image \(image, mask\).* name the one with --image, in a"):
         open_images(source)
-    with pytest.raises(ImageError, match=r"2 columns of classes \(label, tone\).*data\.label"):
+    with pytest.raises(
+        ImageError, match=r"2 columns of classes \(label, tone\).* --label, .* --label '', in a recipe data\.label= "
+    ):
         open_images(source, image="mask")
     images = open_images(source, image="mask", label="tone")
     assert (images.labels, images.class_names) == ([1, 0, 1], ["a", "b"])
     np.testing.assert_array_equal(images[1][0], picture(101))
     assert open_images(source, image="mask", label="").class_names is None
-    with pytest.raises(ImageError, match=r"data\.label=tint: .* no such column; it has image, label, mask, tone"):
+    with pytest.raises(
+        ImageError, match=r"--label tint \(.* data\.label=tint\): .* no such column; it has image, label, mask, tone"
+    ):
         open_images(source, image="image", label="tint")
-    with pytest.raises(ImageError, match=r"data\.image=label: this column of .* is ClassLabel.*binary"):
+    with pytest.raises(
+        ImageError, match=r"--image label \(.* data\.image=label\): this column of .* is ClassLabel.*binary"
+    ):
         open_images(source, image="label")
     train, _ = open_split(DataConfig(source=source, image="image", label="tone"))
     assert train.labels == [1, 0, 1]

@@ -84,10 +84,21 @@ def open_images(source: str | Path, image: str | None = None, label: str | None 
     if files := find_data_files(source):
         return FILES[files[0].suffix](files, image, label)
     if image or label:
-        named = f"data.image={image}" if image else f"data.label={label}"
-        raise ImageError(f"{named} names a column, and {source} has none: take the key out.")
+        key, name = ("image", image) if image else ("label", label)
+        raise ImageError(
+            f"--{key} {name} (in a recipe data.{key}={name}) names a column, and {source} has none: take it out."
+        )
     images = PACKAGED[source]() if source in PACKAGED else open_folder(Path(source))
     return images if label is None else dataclasses.replace(images, labels=[0] * len(images), class_names=None)
+
+
+def has_columns(source: str) -> bool:
+    """Whether `image` and `label` of `open_images` can name anything in a source: not in folders of image files.
+
+    Raises:
+        ImageError: data files that cannot be told apart, as of `open_images`.
+    """
+    return source.startswith(("hf:", "hf-stream:")) or is_saved_dataset(source) or bool(find_data_files(source))
 
 
 def open_split(config: DataConfig) -> tuple[Images, Images | None]:

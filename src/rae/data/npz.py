@@ -21,13 +21,13 @@ from rich.console import Console
 
 from rae import processes
 from rae.data.image_set import ImageError, Images, digest
+from rae.data.tables import NO_CLASSES
 
 IMAGES, LABELS = "arr_0", "arr_1"  # as np.savez(file, images, labels) calls them
 BLOCK = 2**20  # bytes read at a time
 END = 22  # bytes of the last record of a zip file, before its comment
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)  # of zipfile and NumPy
-NO_CLASSES = "or leave classes alone with data.label= and nothing behind it."
 
 
 class Batch(NamedTuple):
@@ -114,9 +114,13 @@ def _check_held(file: Path, held: dict[str, str], image: str, label: str | None)
             raise ImageError(
                 f"{file} holds statistics of images ({there}) and no images: it can be a reference, not a source."
             )
-        raise ImageError(f"{file} holds no {image}, only {there}: name the array of the images with data.image.")
+        raise ImageError(
+            f"{file} holds no {image}, only {there}: name the array of the images with --image, in a recipe data.image."
+        )
     if label and label not in held:
-        raise ImageError(f"{file} holds no {label}, only {there}: name the array of the labels with data.label.")
+        raise ImageError(
+            f"{file} holds no {label}, only {there}: name the array of the labels with --label, in a recipe data.label."
+        )
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
@@ -170,7 +174,7 @@ def _check_images(where: str, shape: tuple[int, ...], dtype: np.dtype, array: IO
         case (_, _, _, 4):
             remedy = "there is no place for transparency: x[..., :3]"
         case _:
-            remedy = "another array may hold the images: name it with data.image"
+            remedy = "another array may hold the images: name it with --image, in a recipe data.image"
     if remedy is None and dtype != np.uint8:
         remedy = _to_bytes(np.frombuffer(array.read(math.prod(shape[1:]) * dtype.itemsize), dtype))
     if remedy:

@@ -20,11 +20,13 @@ from rae.data.image_set import ImageError, Images, digest, read_image
 HUB = re.compile(r"hf(-stream)?:(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[^:@]+))?(@(?P<split>[^@]+))?")
 LABEL = "label"  # what a column of classes that does not say so by its type is mostly called
 IMAGE_TYPES = "images are of type Image, or the bytes of files (binary, or a struct with bytes)."
+NO_CLASSES = "or leave classes alone: --label '', in a recipe data.label= and nothing behind it."
 ROOM = "Rows are copied into the cache of datasets: HF_DATASETS_CACHE names a place with room for them."
 REACH = (
     "Check owner, name, configuration and split; `hf auth login` opens those behind a licence; HF_ENDPOINT names a "
     "mirror that can be reached, HF_HOME a cache that has it."
 )
+SKIP = "or have it skipped: --skip-broken, in a recipe data.on_broken: skip."
 SAMPLED = 64  # rows whose content the identity covers; of the others it knows the size
 
 
@@ -138,7 +140,9 @@ def image_column(features: Mapping[str, Any], where: str, name: str | None) -> s
         return found[0]
     kind = _feature(features, where, "image", name)
     if name not in (*typed, *of_bytes):
-        raise ImageError(f"data.image={name}: this column of {where} is {kind}; {IMAGE_TYPES}")
+        raise ImageError(
+            f"--image {name} (in a recipe data.image={name}): this column of {where} is {kind}; {IMAGE_TYPES}"
+        )
     return name
 
 
@@ -158,8 +162,8 @@ def label_column(features: Mapping[str, Any], where: str, name: str | None) -> s
         found = [column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
         if len(found) > 1:
             raise ImageError(
-                f"{where} has {len(found)} columns of classes{_listed(found)}: name one with data.label, or "
-                "leave classes alone with data.label= and nothing behind it."
+                f"{where} has {len(found)} columns of classes{_listed(found)}: name one with --label, in a "
+                f"recipe data.label, {NO_CLASSES}"
             )
         if not found and LABEL not in features:
             return None
@@ -191,7 +195,7 @@ def classes(
     if not isinstance(dtype, str) or not re.fullmatch(r"u?int\d+|(large_)?string", dtype):
         raise ImageError(
             f"{where}: the column {column} is {kind}; classes are of type ClassLabel, whole numbers or strings. Name "
-            "another with data.label, or leave classes alone with data.label= and nothing behind it."
+            f"another with --label, in a recipe data.label, {NO_CLASSES}"
         )
     class_names = kind.names if isinstance(kind, datasets.ClassLabel) else None
     most = len(class_names) if class_names else float("inf")
@@ -200,15 +204,16 @@ def classes(
             raise ImageError(
                 f"{row}: the label in {column} is {value}, of classes from 0"
                 + f" to {most - 1}" * bool(class_names)
-                + ". "
-                "Correct it, or leave classes alone with data.label= and nothing behind it."
+                + f". Correct it, {NO_CLASSES}"
             )
     return values, class_names or [str(number) for number in range(max(values) + 1)]
 
 
 def _feature(features: Mapping[str, Any], where: str, key: str, name: str) -> Any:
     if name not in features:
-        raise ImageError(f"data.{key}={name}: {where} has no such column; it has {', '.join(features)}.")
+        raise ImageError(
+            f"--{key} {name} (in a recipe data.{key}={name}): {where} has no such column; it has {', '.join(features)}."
+        )
     return features[name]
 
 
@@ -223,11 +228,10 @@ def read_row(pixels: Any, names: Sequence[str], index: int) -> np.ndarray:
     """The image of a row; `pixels[index]` is {column: what the column has of it}."""
     data, path = _parts(pixels[index])
     if data is None and not path:
-        raise ImageError(f"{names[index]}: there is no image. Take the row out, or set data.on_broken: skip.")
+        raise ImageError(f"{names[index]}: there is no image. Take the row out, {SKIP}")
     if data is None and not os.path.isfile(path):
         raise ImageError(
-            f"{names[index]}: its image is not in the table but in {path}, which is not here. Copy it as well, or set "
-            "data.on_broken: skip."
+            f"{names[index]}: its image is not in the table but in {path}, which is not here. Copy it as well, {SKIP}"
         )
     return read_image(path if data is None else data, names[index])
 
