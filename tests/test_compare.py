@@ -26,6 +26,7 @@ from rae.commands.pictures import checksum
 from rae.data.image_set import read_image
 from rae.data.images import DataConfig, to_bytes, to_tensor, to_unit
 from rae.evaluation.report import ReportError
+from rae.evaluation.uncertainty import BOUNDS
 
 DECODER = {
     "encoder": {"name": "dinov2", "image_size": [4, 4]},
@@ -343,7 +344,8 @@ def figure(value: float, error: float | None, better: str = "lower") -> Judged:
         ((10.0, 0.3), (11.01, 0.4), "higher", "+1.01 ± 0.50: better"),
         ((10.0, None), (5.0, 0.4), "lower", "-5, no error known"),
         ((10.0, 0.1), (math.nan, 0.1), "lower", "not finite"),
-        ((10.0, 0.0), (10.0, 0.0), "lower", "+0 ± 0: within error"),
+        ((1.0, 0.0), (1.0, 0.0), "higher", "+0, no error known"),  # of earlier versions: a share of all images
+        ((1.0, None), (1.0, None), "higher", "+0, no error known"),
     ],
 )
 def test_a_difference_within_two_errors_is_not_called_one(first, other, better, said):
@@ -415,6 +417,18 @@ def test_figures_stand_side_by_side_with_flags_and_verdicts(tmp_path):
     assert report.html.count("LineCollection") == 3  # one plot, of what compares
 
 
+def test_shares_of_all_images_stand_with_their_bounds(tmp_path):
+    paths = [make_evaluation(tmp_path / name, {"precision/dino": (1.0, None, "higher")}) for name in "ab"]
+    assert BOUNDS not in Report(paths, tmp_path / "without").html
+    for path in paths:
+        found = json.loads((path / "evaluation.json").read_text())
+        found["figures"]["precision/dino"]["bound"] = 0.05 ** (1 / 60)
+        (path / "evaluation.json").write_text(json.dumps(found))
+    report = Report(paths, tmp_path / "out")
+    assert report.row("precision/dino") == ["all, above 95.1 %", "all, above 95.1 %\n+0, no error known"]
+    assert BOUNDS in report.html
+
+
 def test_figures_that_are_left_out_stand_with_their_reasons(tmp_path):
     paths = [make_evaluation(tmp_path / name, FD) for name in "ab"]
     assert "left out" not in Report(paths, tmp_path / "whole").markdown  # as of earlier versions, which gave them all
@@ -460,6 +474,12 @@ def test_reconstructions_are_compared_image_by_image(tmp_path):
     assert [image["alt"] for image in worst] == [f"original, {i:06d}" for i in range(8)]  # the lowest PSNR
     np.testing.assert_array_equal(decode(first[3]["src"]), pairs[3][:, :4])
     np.testing.assert_array_equal(report.images("b, 000003")[0], pairs[3][:, 4:])
+
+
+def test_equal_reconstructions_have_no_error_of_nought(tmp_path):
+    pairs = {i: noise(4, 8, 3, seed=i) for i in range(3)}
+    paths = [make_reconstructions(tmp_path / name, pairs, [10.0, 20.0, 60.0]) for name in "ab"]
+    assert Report(paths, tmp_path / "out").row("PSNR")[1].endswith("\n+0, no error known")
 
 
 def test_failures_are_the_worst_of_any_folder_the_worst_first(tmp_path):
@@ -574,6 +594,9 @@ def test_a_copy_is_found_beside_its_original(remembering, encoder, tmp_path):
     assert "30 training and 110 held-out images, 16 x 16 pixels" in report.html
     assert report.row("very near: below")[0].startswith("16.67% ± ")  # one of six
     assert "of the held-out images have the very features" not in report.html
+    new = make_samples(tmp_path / "new", noise(6, 16, 16, 3)[[0, 1, 3, 4, 5]])
+    row = Report([new], tmp_path / "out", near(encoder, training, held_out)).row("very near: below")
+    assert row == ["none, below 45 %\nof 5, with 95 % confidence"]
 
 
 def test_what_was_learnt_by_heart_is_found_behind_the_decoder(remembering, runs, encoder, tmp_path):

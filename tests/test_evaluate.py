@@ -22,6 +22,7 @@ from rae.evaluation.features import open_extractor
 from rae.evaluation.frechet import Moments, frechet_distance
 from rae.evaluation.reconstruction import psnr
 from rae.evaluation.reference import pixel_digests
+from rae.evaluation.uncertainty import BOUNDS
 
 METRICS = ("frechet", "kid", "precision", "recall", "density", "coverage")  # of 21 images, too few for another one
 
@@ -342,6 +343,36 @@ def test_real_images_with_classes_are_asked_as_well(sets, look, run, tmp_path):
     (tmp_path / "b/light").rename(tmp_path / "b/white")
     assert "the reference has no class 'light'" in run(*command, tmp_path / "b", "--out", tmp_path / "other")
     assert "class_agreement" not in figures(tmp_path / "other")
+
+
+def test_columns_are_of_the_side_that_has_them(look, run, refused, tmp_path):
+    for kind, mean in (("dark", 40), ("light", 220)):
+        save_images(tmp_path / "folder" / kind, 15, seed=1, mean=mean)
+    images = open_images(save_images(tmp_path / "flat", 30, seed=2))
+    pixels, labels = np.stack([images[i][0] for i in range(30)]), np.arange(30) % 2
+    table = tmp_path / "table.npz"
+    np.savez(table, pixels=pixels, classes=labels)
+    named = ["--image", "pixels", "--label", "classes"]
+    for subject, reference in (("folder", "table.npz"), ("table.npz", "folder")):
+        out = tmp_path / f"of-{subject}"
+        run("evaluate", tmp_path / subject, "--reference", tmp_path / reference, *look, *named, "--out", out)
+        assert "class_agreement" in figures(out)  # of the folder's classes and the table's
+    neither = ["evaluate", tmp_path / "folder", "--reference", tmp_path / "flat", "--features", "no-such-encoder"]
+    told = " ".join(refused(*neither, *named[2:], "--out", tmp_path / "out").split())
+    assert "--label classes names a column, and neither" in told
+    one = ["reference", tmp_path / "folder", *look, "--label", "classes", "--out", tmp_path / "x.safetensors"]
+    assert "--label classes (in a recipe data.label=classes) names a column" in " ".join(refused(*one).split())
+
+
+def test_figures_of_no_scatter_have_bounds(sets, look, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    far = save_images(tmp_path / "far", 21, seed=1, mean=250)
+    told = run("evaluate", far, "--reference", sets[1], *look, "--out", tmp_path / "out")
+    found = figures(tmp_path / "out")["coverage"]
+    assert (found["value"], found["error"], found["bound"]) == (0, None, pytest.approx(1 - 0.05 ** (1 / 26)))
+    assert figures(tmp_path / "out")["frechet"]["bound"] is None
+    assert "none, below 11 %" in told
+    assert BOUNDS in " ".join(told.split())
 
 
 def test_whose_images_the_reference_holds(runs, look, run, tmp_path):

@@ -121,7 +121,7 @@ def test_errors_are_the_scatter_of_fresh_samples(generator, scale, n, m):
     found = [overlap(manifold(scale * torch.randn(n, 4, generator=generator), k=3), reference, k=3) for _ in range(60)]
     for name in NAMES:
         scatter = np.std([getattr(f, name).value for f in found], ddof=1)
-        claimed = np.mean([getattr(f, name).error for f in found])
+        claimed = np.mean([getattr(f, name).error or 0 for f in found])  # none where nothing was missed
         assert 0.75 < claimed / scatter < (2 if name == "recall" else 1.4), name  # a scatter of 60 is known to 9 %
 
 
@@ -130,7 +130,23 @@ def test_parts_are_a_function_of_the_seed(generator):
     first, again, other = (overlap(*sets, k=3, seed=seed) for seed in (0, 0, 1))
     assert first == again
     assert values(first) == values(other)
-    assert first.recall.error != other.recall.error
+    assert first.coverage.error != other.coverage.error
+
+
+def test_shares_of_none_and_all_have_no_error_and_a_bound(generator):
+    real = torch.randn(40, 4, generator=generator)
+    far = overlap(manifold(real[:30] + 100, k=3), manifold(real, k=3), k=3)
+    assert far.precision == (0.0, None, pytest.approx(1 - 0.05 ** (1 / 30)))  # of the samples
+    assert far.recall == far.coverage == (0.0, None, pytest.approx(1 - 0.05 ** (1 / 40)))  # of the real images
+    assert far.density == (0.0, None)
+    same = overlap(manifold(real.repeat(8, 1), k=3), manifold(real, k=3), k=3)
+    assert same.coverage == (1.0, None, pytest.approx(0.05 ** (1 / 40)))
+
+
+def test_a_share_that_no_part_of_the_samples_changes_has_no_error():
+    real = torch.eye(10)
+    samples = real[:5].repeat(8, 1)  # in balls of radius 0, each in parts of 2 several times
+    assert overlap(manifold(samples, k=3), manifold(real, k=3), k=3).recall == (0.5, None, None)
 
 
 def test_what_cannot_be_compared_is_refused(generator):

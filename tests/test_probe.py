@@ -145,7 +145,7 @@ def test_accuracies_by_hand():
     scores = torch.eye(7)[[0, 1, 2, 2, 0]]  # the last one is of class 6, and six classes are equal behind class 0
     found = measure_accuracy(scores, torch.tensor([0, 1, 2, 1, 6]))
     assert found.right.tolist() == [True, True, True, False, False]
-    assert found.top1 == pytest.approx((0.6, (0.6 * 0.4 / 4) ** 0.5))
+    assert found.top1 == (0.6, pytest.approx((0.6 * 0.4 / 4) ** 0.5), None)
     assert found.top5.value == 0.8  # of equals the lower number comes first: 1 is among five, 6 is not
     assert [figure and figure.value for figure in found.per_class] == [1, 0.5, 1, None, None, None, 0]
     assert [tuple(c) for c in found.confused] == [(1, 2, 1, 0.5), (6, 0, 1, 1.0)]
@@ -277,6 +277,33 @@ def test_a_part_of_the_images_keeps_the_proportions_and_copies_are_told(sets, tm
     found = probe(sets[0], str(mixed), tmp_path)
     assert len(found["protocol"]["test"]["also_in_training"]) == 6
     assert "6 test images are training images as well" in capsys.readouterr().err
+
+
+def test_all_right_is_no_error_of_nought(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    for name, brightness in (("dark", 20), ("light", 230)):
+        (tmp_path / "x" / name).mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (8, 8), (brightness + i % 10, brightness, brightness + i // 10)).save(
+                tmp_path / f"x/{name}/{i}.png"
+            )
+    found = probe(str(tmp_path / "x"), 0.5, tmp_path / "out", pools=("mean", "none"))
+    for row in found["rows"]:
+        assert row["linear"]["top1"] == {"value": 1.0, "error": None, "bound": pytest.approx(0.05 ** (1 / 20))}
+    assert found["rows"][1]["ahead_of_first"]["linear"] == {"value": 0.0, "error": None}
+    told = capsys.readouterr().out
+    assert "all, above 86 %" in told
+    assert "(+0.0)" in told
+    assert "± 0.0" not in told
+
+
+def test_a_size_that_cannot_be_is_told_before_an_encoder_is_loaded(sets, tmp_path, monkeypatch):
+    monkeypatch.setattr("rae.commands.probe_features.load_encoder", None)
+    data, small = DataConfig(source=sets[0]), r"8 x 8 pixels .* smaller than the 28 x 28 asked for.* --enlarge"
+    for test in (sets[1], 0.2):
+        with pytest.raises(ImageError, match=small):
+            write_probe(["any-encoder"], data, test, tmp_path / "out", image_size=(28, 28))
+    assert not (tmp_path / "out").exists()
 
 
 def test_latents_that_are_not_finite_end_it(sets, tmp_path, monkeypatch):

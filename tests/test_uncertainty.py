@@ -9,8 +9,10 @@ from rae.evaluation.uncertainty import (
     bootstrap_error,
     jackknife_error,
     measured_mean,
+    measured_share,
     random_parts,
     random_subset,
+    share_bound,
     standard_error,
     written,
 )
@@ -26,6 +28,32 @@ def test_mean_and_its_error():
     assert found == (3.0, pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3)))
     assert measured_mean(torch.tensor([True, False])) == (0.5, pytest.approx(0.5))
     assert measured_mean(torch.tensor([2])) == (2.0, None)
+    assert measured_mean(torch.tensor([2, 2, 2])) == (2.0, None)  # no scatter is seen, which is not one of 0
+
+
+@pytest.mark.parametrize("count", [1, 60, 50_000])
+def test_none_and_all_of_the_images_have_a_bound_in_place_of_an_error(count):
+    none, every = (measured_share(torch.full((count,), value)) for value in (False, True))
+    assert none[:2] == (0.0, None)
+    assert every[:2] == (1.0, None)
+    assert (1 - none.bound) ** count == pytest.approx(0.05)  # so seldom would none be there of a share of the bound
+    assert every.bound**count == pytest.approx(0.05)
+    assert share_bound(0.5, count) is None
+    assert measured_share(torch.tensor([True, False])) == (0.5, pytest.approx(0.5), None)
+
+
+@pytest.mark.parametrize(
+    ("value", "count", "text"),
+    [
+        (0.0, 60, "none, below 4.9 %"),
+        (1.0, 60, "all, above 95.1 %"),
+        (0.0, 12, "none, below 22 %"),
+        (0.0, 50_000, "none, below 0.0060 %"),
+        (1.0, 50_000, "all, above 99.9940 %"),
+    ],
+)
+def test_a_bound_has_two_digits_of_what_may_be_missed(value, count, text):
+    assert written(value, None, share_bound(value, count)) == text
 
 
 def test_jackknife_of_a_mean_is_its_standard_error(values):
@@ -88,7 +116,7 @@ def test_errors_carry_the_numbers():
         (12345.6, 98.0, "12,346 ± 98"),
         (0.5, 0.00987, "0.5000 ± 0.0099"),
         (17.123456, None, "17.12"),
-        (1.0, 0.0, "1 ± 0"),
+        (1.0, 0.0, "1"),
     ],
 )
 def test_values_have_the_digits_that_their_error_leaves_them(value, error, text):

@@ -9,7 +9,7 @@ from rae.commands.compare_read import Compared, Evaluation, Judged, made_by
 from rae.commands.compare_runs import recipes
 from rae.commands.reference import UNKNOWN
 from rae.evaluation.report import Piece, beside, dots, heading, note, paragraph, table
-from rae.evaluation.uncertainty import written
+from rae.evaluation.uncertainty import BOUNDS, written
 
 WIDE = 5  # times the smallest value
 DIFFERENT = 2  # standard errors of a difference, beyond which it is called one
@@ -55,7 +55,8 @@ def _group(judged: Mapping[str, Evaluation]) -> list[Piece]:
     missing = [[f"{each.title}: {each.why}" for each in of.left_out.values()] for of in judged.values()]
     lines += [["left out", *(_listed(each, "figure") for each in missing)]] if any(missing) else []
     pieces = [table(["figure", *judged], [_about(judged), flags, *lines])]
-    pieces.append(paragraph(HOW if len(judged) > 1 else "Value ± its standard error."))
+    bounds = any(figure.bound is not None for of in judged.values() for figure in of.figures.values())
+    pieces.append(paragraph((HOW if len(judged) > 1 else "Value ± its standard error.") + f" {BOUNDS}" * bounds))
     plots = []
     for row in found:
         values = [figure and (figure.value, figure.error) for figure in row.figures]
@@ -114,14 +115,17 @@ def apart(evaluations: Sequence[Evaluation]) -> list[str]:
 
 def verdict(first: Judged, other: Judged) -> str:
     """The difference of two figures of one protocol, and whether it is one."""
-    difference = other.value - first.value
+    error = math.hypot(first.error, other.error) if first.error and other.error else None
+    return told(other.value - first.value, error, other.better)
+
+
+def told(difference: float, error: float | None, better: str) -> str:
+    """A difference to the first one, and a word for it."""
     if not math.isfinite(difference):
         return "not finite"
-    if first.error is None or other.error is None:
+    if error is None:
         return f"{difference:+.3g}, no error known"
-    return (
-        f"{signed(difference, error := math.hypot(first.error, other.error))}: {call(difference, error, other.better)}"
-    )
+    return f"{'' if difference < 0 else '+'}{written(difference, error)}: {call(difference, error, better)}"
 
 
 def call(difference: float, error: float, better: str) -> str:
@@ -131,10 +135,6 @@ def call(difference: float, error: float, better: str) -> str:
     return "better" if (difference < 0) == (better == "lower") else "worse"
 
 
-def signed(difference: float, error: float) -> str:
-    return ("" if difference < 0 else "+") + written(difference, error)
-
-
 def _title(row: Row) -> str:
     return f"{row.one.title or row.name}{ARROWS[row.one.better]}\n{row.one.protocol}"
 
@@ -142,7 +142,7 @@ def _title(row: Row) -> str:
 def _cells(row: Row) -> list[str]:
     first, cells = None, []
     for figure in row.figures:
-        cells.append(written(figure.value, figure.error) if figure else "-")
+        cells.append(written(figure.value, figure.error, figure.bound) if figure else "-")
         if first and figure:
             cells[-1] += f"\n{verdict(first, figure)}"
         first = first or figure

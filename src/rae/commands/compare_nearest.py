@@ -246,15 +246,15 @@ def _table(figures: Mapping[str, Memorisation], distances: Mapping[str, Tensor])
 
 
 def _share(figure: Memorisation, count: int) -> str:
-    value, error = figure.share
-    if value == 0:  # a bootstrap of none knows no error
-        return f"none of {count:,}\nbelow {1 - 0.05 ** (1 / count):.2%} with 95 % confidence"
+    value, error, bound = figure.share
+    if bound is not None:
+        return f"{written(*figure.share)}\nof {count:,}, with 95 % confidence"
     return f"{value:.2%} ± {error:.2%}\nchance of as many: {figure.chance:.2g}"
 
 
 def _verdict(name: str, figure: Memorisation) -> str:
     value, error = figure.auc
-    if abs(value - 0.5) <= DIFFERENT * error:
+    if abs(value - 0.5) <= DIFFERENT * (error or 0):
         auc = "its samples lie as near to training images as new real images do"
     elif value > 0.5:
         auc = "its samples lie nearer to training images than new real images do"

@@ -1,12 +1,11 @@
 """Folders of pictures side by side: reconstructions of the same images, their failures; samples of the same seeds."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
-from rae.commands.compare_figures import ARROWS, DIFFERENT, call, signed
+from rae.commands.compare_figures import ARROWS, DIFFERENT, told
 from rae.commands.compare_read import Compared, Pictures, made_by
 from rae.commands.compare_runs import recipes
 from rae.commands.pictures import read_picture
@@ -87,9 +86,9 @@ def _figures(values: Mapping[str, Mapping[str, np.ndarray]], group: Sequence[str
         first, *others = map(torch.from_numpy, own.values())
         cells = [written(*measured_mean(first))]
         for each in others:
-            difference, error = measured_mean(each - first)
-            word = call(difference, error or math.inf, "higher")
-            cells.append(f"{written(*measured_mean(each))}\n{signed(difference, error)}: {word}")
+            difference = measured_mean(each - first)
+            said = told(difference.value, difference.error, "higher")
+            cells.append(f"{written(*measured_mean(each))}\n{said}")
         lines.append([f"{FIGURES[name][0]}{ARROWS['higher']}", *cells])
     return table(["figure", *group], lines)
 

@@ -88,11 +88,12 @@ class Pictures:
 
 
 class Judged(pydantic.BaseModel):
-    """A figure of an evaluation; its error is a standard error."""
+    """A figure of an evaluation; its error is a standard error, which a bound takes the place of (`share_bound`)."""
 
     title: str | None = None
     value: float
     error: float | None
+    bound: float | None = None  # which earlier versions do not know; they have an error of 0
     better: Literal["lower", "higher"]
     protocol: str
 

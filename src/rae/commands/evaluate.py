@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rae.commands.feature_folder import size_of
-from rae.commands.look import Features, Look, look_at, open_extractors, say
+from rae.commands.look import Features, Look, look_at, open_extractors, say, takes_columns
 from rae.commands.pictures import OutputError, check_file
 from rae.commands.reconstruct import write_reconstructions
 from rae.commands.reference import (
@@ -43,7 +43,7 @@ from rae.evaluation.frechet import PARTS
 from rae.evaluation.judge import INCEPTION, PRDC_NEIGHBOURS, judge, judge_pairs, left_out
 from rae.evaluation.pretrained import load_lpips
 from rae.evaluation.reference import save_reference
-from rae.evaluation.uncertainty import written
+from rae.evaluation.uncertainty import BOUNDS, written
 from rae.folders import aside, saved_kind
 from rae.processes import process_state
 
@@ -165,11 +165,13 @@ def evaluate(
         What stands in `evaluation.json`, in the main process.
 
     Raises:
-        ConfigError: no reference, or one that does not go with the subject; LPIPS of images that are no pairs.
+        ConfigError: no reference, or one that does not go with the subject; LPIPS of images that are no pairs; a column
+            that is named where neither side has any.
         ReferenceError: a reference at another size, or by another extractor.
         OutputError: `out` holds something else; too few images for the metrics.
     """
     begun, data = time.perf_counter(), data.model_copy(update={"label": label})
+    _check_columns(subject, reference, data)
     look = Look(open_extractors(features, inception, input_size), data, batch)
     if lpips and not is_pairs(subject):
         raise ConfigError(f"--lpips is of reconstructions and what they are of; {subject} gives none, leave it out.")
@@ -217,6 +219,15 @@ def evaluate(
         hidden.write_text(json.dumps(found, indent=1) + "\n")
     _print(found, out)
     return found
+
+
+def _check_columns(subject: str, reference: str | None, data: DataConfig) -> None:
+    """A column may be of either side (`open_side`), and must be of one."""
+    sides = [subject, *([reference] if reference else [])]
+    for option, column in (("--image", data.image), ("--label", data.label)):
+        if column and not any(map(takes_columns, sides)):
+            none = f"{subject} has none" if len(sides) == 1 else f"neither {subject} nor {reference} has any"
+            raise ConfigError(f"{option} {column} names a column, and {none}: leave it out.")
 
 
 def _check_count(source: str, count: int, least: int) -> None:
@@ -345,9 +356,10 @@ def _print(found: dict[str, Any], out: Path) -> None:
         "better",
         "how",
         title=escape(f"{found['subject']['source']} against {found['reference']['source']}{whose}"),
+        caption=BOUNDS if any(figure["bound"] is not None for figure in found["figures"].values()) else None,
     )
     for figure in found["figures"].values():
-        value = written(figure["value"], figure["error"])
+        value = written(figure["value"], figure["error"], figure["bound"])
         table.add_row(escape(figure["title"]), value, figure["better"], figure["protocol"])
     for figure in found["left_out"].values():
         table.add_row(escape(figure["title"]), "left out", "", figure["why"])

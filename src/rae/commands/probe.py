@@ -26,7 +26,7 @@ from rae.commands.pictures import OutputError
 from rae.commands.probe_features import Pool, Probed, open_latents, read_features, write_features
 from rae.config import ConfigError
 from rae.data.image_set import ImageError, Images
-from rae.data.images import DataConfig, open_images, open_split, subset
+from rae.data.images import DataConfig, Views, open_images, open_split, subset
 from rae.data.order import epoch_order
 from rae.evaluation.probe import (
     WEIGHT_DECAYS,
@@ -37,11 +37,12 @@ from rae.evaluation.probe import (
     neighbour_votes,
     part_of_each_class,
 )
-from rae.evaluation.uncertainty import Measured, measured_mean
+from rae.evaluation.uncertainty import BOUNDS, Measured, Share, measured_mean, written
 from rae.folders import aside
 from rae.processes import process_state
 
 CHOOSING = 0.2  # part of each class's training images that chooses the weight decay
+SHOWN = (("linear", "top1"), ("linear", "top5"), ("neighbours", "top1"))  # of what probe.json says
 CONFUSED = 50  # pairs of classes that probe.json names
 
 
@@ -91,7 +92,10 @@ def write_probe(
         raise ConfigError(f"{neighbours} neighbours are asked for among {fitted:,} training images; ask for fewer.")
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not folder.is_dir()):
         raise OutputError(f"{out} is a file, or a folder that holds something else than probes; give a new folder.")
-    spaces, opened = open_latents(names, image_size, input_size), [images for images in (train, tested) if images]
+    opened = [images for images in (train, tested) if images]
+    for images in opened if image_size else ():
+        Views(images, data, image_size)[0]  # a first one that is too small is told before an encoder is loaded
+    spaces = open_latents(names, image_size, input_size)
     for space in spaces:
         for images in opened:
             write_features(space, pools, images, data, folder, batch=batch)
@@ -241,7 +245,7 @@ def _plain_accuracy(accuracy: Accuracies, names: Sequence[str]) -> dict[str, Any
     }
 
 
-def _plain(figure: Measured | None) -> dict[str, float | None] | None:
+def _plain(figure: Measured | Share | None) -> dict[str, float | None] | None:
     return figure and figure._asdict()
 
 
@@ -259,6 +263,9 @@ def _print(found: dict[str, Any], out: Path) -> None:
         f"decay chosen on {CHOOSING:.0%} of the training images, from {WEIGHT_DECAYS[0]:g} to {WEIGHT_DECAYS[-1]:g}. "
         f"k-NN: {k} neighbours by cosine, {votes}. {protocol['precision'].capitalize()}."
     )
+    shown = (row[kind][top] for row in rows for kind, top in SHOWN)
+    if any(figure and figure["bound"] is not None for figure in shown):
+        table.caption += f" {BOUNDS}"
     for header in ("features", "linear", "top 5", "k-NN"):
         table.add_column(header, justify="right", no_wrap=True)
     details = Table("latents", "pool", "decay", "hardest classes, linear", "most often mistaken, linear")
@@ -308,5 +315,7 @@ def _listed(things: Sequence[str] | Mapping[str, int], most: int = 3) -> str:
 
 
 def _percent(figure: dict[str, float | None], sign: str = "") -> str:
+    if figure.get("bound") is not None:  # of shares, not of differences
+        return written(**figure)
     error = "" if figure["error"] is None else f" ± {100 * figure['error']:.1f}"
     return f"{100 * figure['value']:{sign}.1f}{error}"

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from rae.commands.feature_folder import size_of
-from rae.commands.look import Features, Look
+from rae.commands.look import Features, Look, open_side
 from rae.config import parse
 from rae.data.image_set import ImageError, Images, digest
 from rae.data.images import DataConfig, open_images, split_images
@@ -64,7 +64,7 @@ def open_reference(source: str, look: Look) -> Reference:
                 "Give ADM's reference, the images that these are of, or a file that `rae reference` makes of them."
             ) from error
     if path.suffix != ".safetensors":
-        return Reference(source, images=open_images(source, look.data.image, look.data.label))
+        return Reference(source, images=open_side(source, look.data))
     about, sets = load_reference(path)
     for name, extractor in look.extractors.items():
         if name not in sets:

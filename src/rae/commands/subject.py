@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rae.commands.look import open_side
 from rae.commands.pictures import OutputError
 from rae.commands.sample_folder import PROTOCOL
 from rae.data.image_set import Images, digest, read_image
-from rae.data.images import DataConfig, open_images, subset
+from rae.data.images import DataConfig, subset
 from rae.folders import saved_kind
 
 RECONSTRUCTIONS = "reconstructions.json"
@@ -60,7 +61,7 @@ def open_subject(source: str, data: DataConfig, num: int | None) -> Subject:
         kind, protocol = "reconstructions", _read(folder / RECONSTRUCTIONS)
         originals, images = _halves(folder)
     else:
-        kind, images = "images", open_images(source, data.image, data.label)
+        kind, images = "images", open_side(source, data)
         if (folder / PROTOCOL).is_file():
             kind, protocol = "samples", _read(folder / PROTOCOL)
             images = _labelled(images, protocol, folder)

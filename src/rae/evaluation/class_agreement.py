@@ -11,14 +11,14 @@ from torch import Tensor
 
 from rae.evaluation.probe import measure_accuracy, neighbour_votes
 from rae.evaluation.reference import Classes
-from rae.evaluation.uncertainty import Measured, random_parts
+from rae.evaluation.uncertainty import Share, random_parts
 
 NEIGHBOURS = 20
 PARTS = 5  # of the reference, of which one is asked and the others vote
 LEAST = NEIGHBOURS * PARTS // (PARTS - 1)  # images of a reference, for that
 
 
-def class_agreement(samples: Tensor, labels: Tensor, reference: Tensor, classes: Classes) -> Measured:
+def class_agreement(samples: Tensor, labels: Tensor, reference: Tensor, classes: Classes) -> Share:
     """The share of samples that are of their class, and its standard error sqrt(p (1 - p) / (N - 1)), of other samples.
 
     Args:
@@ -34,7 +34,7 @@ def class_agreement(samples: Tensor, labels: Tensor, reference: Tensor, classes:
     return measure_accuracy(votes, labels).top1
 
 
-def real_agreement(reference: Tensor, classes: Classes) -> Measured:
+def real_agreement(reference: Tensor, classes: Classes) -> Share:
     """The same of a random fifth of the reference, by the rest of it."""
     asked, *others = random_parts(len(reference), PARTS)
     rest = torch.cat(others)

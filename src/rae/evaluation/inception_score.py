@@ -44,7 +44,7 @@ def inception_score(logits: Tensor, *, split: int | None = SPLIT) -> Measured:
         divergences = _divergences(part)
         scores.append(math.exp(divergences.mean().item()))
         errors.append(scores[-1] * (standard_error(divergences) or 0.0))  # a last split of one image always scores 1
-    return Measured(sum(scores) / len(scores), math.hypot(*errors) / len(scores))
+    return Measured(sum(scores) / len(scores), math.hypot(*errors) / len(scores) or None)
 
 
 def _divergences(logits: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from rae.evaluation.lpips import LPIPS
 from rae.evaluation.manifold import manifold, overlap
 from rae.evaluation.reconstruction import WINDOW, psnr, ssim
 from rae.evaluation.reference import FeatureSet, by_digest
-from rae.evaluation.uncertainty import Measured, measured_mean
+from rae.evaluation.uncertainty import Measured, Share, measured_mean
 
 INCEPTION = "inception"
 ADM_NEIGHBOURS, PRDC_NEIGHBOURS = 3, 5  # k of precision and recall as ADM's evaluator, of density and coverage as prdc
@@ -29,6 +29,7 @@ class Figure(NamedTuple):
         title: what to call it, as papers do.
         value: the number.
         error: its standard error; None where it has none.
+        bound: in its place, of a share of none or all of the images; see `share_bound`.
         better: which way.
         protocol: numbers of images, and whatever else it depends on.
     """
@@ -36,6 +37,7 @@ class Figure(NamedTuple):
     title: str
     value: float
     error: float | None
+    bound: float | None
     better: Literal["lower", "higher"]
     protocol: str
 
@@ -155,5 +157,6 @@ def _suffix(extractor: str) -> str:
     return "" if extractor == INCEPTION else f" ({extractor})"
 
 
-def _figure(title: str, measured: Measured, better: Literal["lower", "higher"], protocol: str) -> Figure:
-    return Figure(title, measured.value, measured.error, better, protocol)
+def _figure(title: str, found: Measured | Share, better: Literal["lower", "higher"], protocol: str) -> Figure:
+    bound = found.bound if isinstance(found, Share) else None
+    return Figure(title, found.value, found.error, bound, better, protocol)

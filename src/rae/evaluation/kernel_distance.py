@@ -61,7 +61,7 @@ def kernel_distance(samples: Tensor, reference: Tensor) -> Measured:
     value = _mmd2(xx, n, yy, m, xy)
     without_x = _mmd2(xx - 2 * sums.xx, n - 1, yy, m, xy - sums.xy)
     without_y = _mmd2(xx, n, yy - 2 * sums.yy, m - 1, xy - sums.yx)
-    return Measured(value.item(), float(np.hypot(jackknife_error(without_x), jackknife_error(without_y))))
+    return Measured(value.item(), float(np.hypot(jackknife_error(without_x), jackknife_error(without_y))) or None)
 
 
 def subset_distance(

@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from rae.evaluation.feature_sets import blocks, check_dimensions, check_features, where_float64_is
-from rae.evaluation.uncertainty import Measured, jackknife_error, measured_mean, random_parts
+from rae.evaluation.uncertainty import (
+    Measured,
+    Share,
+    jackknife_error,
+    measured_mean,
+    measured_share,
+    random_parts,
+    share_bound,
+)
 
 ROUNDING = 1e-13  # of |x|^2 + |y|^2: more than float64 loses in a squared distance, less than float32 features can tell
 PARTS = 20  # of the samples, for the jackknife
@@ -44,10 +52,10 @@ class Manifold(NamedTuple):
 class Overlap(NamedTuple):
     """Two manifolds in each other."""
 
-    precision: Measured
-    recall: Measured
+    precision: Share
+    recall: Share
     density: Measured
-    coverage: Measured
+    coverage: Share
 
 
 def manifold(features: Tensor, *, k: int, name: str = "features") -> Manifold:
@@ -86,7 +94,8 @@ def overlap(samples: Manifold, reference: Manifold, *, k: int, seed: int = 0) ->
 
     Errors are of other samples against the same reference. Precision and density are means over samples. To recall and
     coverage all samples contribute together: they are counted again without each of 20 random parts of the samples
-    (jackknife), whose radii stay what they are. Recall's comes out too large near 1, up to twice in trials.
+    (jackknife), whose radii stay what they are. Recall's comes out too large near 1, up to twice in trials. Where it
+    changes nothing there is no error, and of none or all of the y a bound, which is of other real images.
 
     Args:
         samples, reference: of at least k neighbours.
@@ -120,7 +129,7 @@ def overlap(samples: Manifold, reference: Manifold, *, k: int, seed: int = 0) ->
             covered[part, columns] = real.any(0)
             reached[part, columns] = (d2 <= x_edges[:, None]).any(0)
     return Overlap(
-        precision=measured_mean(within > 0),
+        precision=measured_share(within > 0),
         recall=_of_parts(reached),
         density=measured_mean(within.double() / k),
         coverage=_of_parts(covered),
@@ -138,8 +147,9 @@ def _squared_distances(x: Tensor, xx: Tensor, y: Tensor, yy: Tensor) -> Tensor:
     return torch.addmm(xx[:, None] + yy, x, y.T, alpha=-2)
 
 
-def _of_parts(by_part: Tensor) -> Measured:
+def _of_parts(by_part: Tensor) -> Share:
     """Share of images that some part of the samples [G,M] serves, and its jackknife over the parts."""
-    serving = by_part.sum(0)
-    without = ((serving - by_part.int()) > 0).double().mean(1)
-    return Measured((serving > 0).double().mean().item(), jackknife_error(without))
+    serving, count = by_part.sum(0), by_part.shape[1]
+    without = ((serving - by_part.int()) > 0).sum(1).double()  # whole numbers: equal ones have an error of 0 exactly
+    value, error = (serving > 0).double().mean().item(), jackknife_error(without) / count or None
+    return Share(value, error, None if error else share_bound(value, count))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rae.evaluation.uncertainty import Measured
+from rae.evaluation.uncertainty import Measured, Share, share_bound
 
 NEAR = 0.01  # this share of new real images lies nearer than what is called near
 _AT_ONCE = 2**24  # numbers that are held, in float64: 128 MiB
@@ -72,7 +72,7 @@ class Memorisation(NamedTuple):
     """
 
     auc: Measured
-    share: Measured | None = None
+    share: Share | None = None
     near: float | None = None
     expected: float | None = None
     chance: float | None = None
@@ -86,7 +86,8 @@ def memorisation(samples: Tensor, held_out: Tensor) -> Memorisation:
         share  of s < near; j / (m + 1) are expected, whatever the distribution, if s and h have the same one
 
     The number of samples below the j-th smallest of m others of the same distribution is beta-binomial, with n, j and
-    m + 1 - j: hence `chance`, exactly. The error of the share is by bootstrap of both sets.
+    m + 1 - j: hence `chance`, exactly. The error of the share is by bootstrap of both sets; of
+    none or all of the s there is a bound in its place.
 
     Args:
         samples: s [n], n > 1.
@@ -100,7 +101,7 @@ def memorisation(samples: Tensor, held_out: Tensor) -> Memorisation:
         raise ValueError(f"distances of {n} samples and {m} held-out images do not compare; give at least 2 of each.")
     s, h = (x.to("cpu", torch.float64).sort().values for x in (samples, held_out))
     farther, nearer = 1 - _placement(s, h), _placement(h, s)
-    auc = Measured(farther.mean().item(), math.sqrt(farther.var().item() / n + nearer.var().item() / m))
+    auc = Measured(farther.mean().item(), math.sqrt(farther.var().item() / n + nearer.var().item() / m) or None)
     j = math.floor(NEAR * (m + 1) + 1e-9)
     if j == 0:
         return Memorisation(auc)
@@ -109,7 +110,9 @@ def memorisation(samples: Tensor, held_out: Tensor) -> Memorisation:
     random = np.random.default_rng(0)
     ranks = np.ceil(m * random.beta(j, m + 1 - j, _DRAWS)).astype(np.int64).clip(1, m)
     drawn = random.binomial(n, _below(s, h[torch.from_numpy(ranks - 1)]).numpy() / n) / n
-    share = Measured(count.item() / n, float(drawn.std(ddof=1)))
+    value = count.item() / n
+    bound = share_bound(value, n)
+    share = Share(value, float(drawn.std(ddof=1)) if bound is None else None, bound)
     return Memorisation(auc, share, h[j - 1].item(), j / (m + 1), _beta_binomial_tail(int(count), n, j, m + 1 - j))
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rae.evaluation.uncertainty import Measured, measured_mean
+from rae.evaluation.uncertainty import Share, measured_share
 
 WEIGHT_DECAYS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)  # of which the best on held-out images is taken
 TOP = 5  # classes, one of which must be right for the second figure, where there are more than these
@@ -311,9 +311,9 @@ class Accuracies(NamedTuple):
         right: mask [n] of the images that top1 counts.
     """
 
-    top1: Measured
-    top5: Measured | None
-    per_class: list[Measured | None]
+    top1: Share
+    top5: Share | None
+    per_class: list[Share | None]
     confused: list[Confusion]
     right: Tensor
 
@@ -322,7 +322,8 @@ def measure_accuracy(scores: Tensor, labels: Tensor) -> Accuracies:
     """Accuracies of scores [n,C] for labels [n]; of equal scores, the class with the lower number comes first.
 
     Errors are binomial, sqrt(p (1 - p) / (n - 1)): how far p would scatter over other test images, for this training
-    set. Of two sets of scores for the same images, `measured_mean` of the difference of `right` has a smaller error.
+    set; of none or all there is a bound. Of two sets of scores for the same images, `measured_mean` of the difference
+    of `right` has a smaller error.
     """
     classes = scores.shape[1]
     own = scores.gather(1, labels[:, None])
@@ -337,9 +338,9 @@ def measure_accuracy(scores: Tensor, labels: Tensor) -> Accuracies:
         (label, other, wrong[label, other].item()) for label, other in (divmod(i, classes) for i in order.tolist())
     ]
     return Accuracies(
-        top1=measured_mean(rank == 0),
-        top5=measured_mean(rank < TOP) if classes > TOP else None,
-        per_class=[measured_mean(rank[labels == c] == 0) if of_class[c] else None for c in range(classes)],
+        top1=measured_share(rank == 0),
+        top5=measured_share(rank < TOP) if classes > TOP else None,
+        per_class=[measured_share(rank[labels == c] == 0) if of_class[c] else None for c in range(classes)],
         confused=[Confusion(label, other, count, count / of_class[label]) for label, other, count in pairs],
         right=rank == 0,
     )

@@ -9,6 +9,9 @@ resampling plans", ch. 5 and 6), without its work and its own noise, and they ne
 figures that have no such formula, and to check those that have one. Samples are resampled, the reference is held fixed:
 two models are compared with one reference, and what it has of chance in it, it does to both. Where a function resamples
 the reference too it says so.
+
+Where no image differs from the others there is nothing to resample: that tells of no scatter, which is not a scatter of
+0, so there is no error. A share of none or all of the images has a bound in its place, `share_bound`.
 """
 
 import math
@@ -19,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MISSED = 0.05  # chance that a bound does not hold
+BOUNDS = "Where none or all of the images count there is no standard error; the bound in its place has 95 % confidence."
 _PARTS, _REPLICATE, _SUBSET = range(100, 103)  # families of draws under one seed; `rae.data.order` has those below
 
 
@@ -34,17 +39,51 @@ class Measured(NamedTuple):
     error: float | None
 
 
-def written(value: float, error: float | None) -> str:
-    """12.3456, 0.0712 -> "12.346 ± 0.071": to the second digit of the error; to four digits where none is known."""
+class Share(NamedTuple):
+    """A share of images.
+
+    Attributes:
+        value: from 0 to 1.
+        error: its standard error; None where it has none.
+        bound: in its place, of none or all of them; see `share_bound`.
+    """
+
+    value: float
+    error: float | None
+    bound: float | None
+
+
+def written(value: float, error: float | None, bound: float | None = None) -> str:
+    """12.3456, 0.0712 -> "12.346 ± 0.071": to the second digit of the error; to four digits where none is known.
+
+    A share with a bound is none or all: "none, below 4.9 %", "all, above 95.1 %", with what `BOUNDS` says.
+    """
+    if bound is not None:
+        digits = max(0, 1 - math.floor(math.log10(100 * min(bound, 1 - bound))))
+        return f"{'all, above' if value else 'none, below'} {100 * bound:.{digits}f} %"
     if not error or not math.isfinite(value) or not math.isfinite(error):
-        return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
+        return f"{value:.4g}" + (f" ± {error:.2g}" if error else "")
     digits = max(0, 1 - math.floor(math.log10(error)))
     return f"{value:,.{digits}f} ± {error:,.{digits}f}"
 
 
 def standard_error(values: Tensor) -> float | None:
-    """s / sqrt(N) of the mean of values [N], s with N - 1; None for a single one."""
-    return values.double().std().item() / math.sqrt(len(values)) if len(values) > 1 else None
+    """s / sqrt(N) of the mean of values [N], s with N - 1; None for a single one, and where all are equal."""
+    return values.double().std().item() / math.sqrt(len(values)) or None if len(values) > 1 else None
+
+
+def share_bound(value: float, count: int) -> float | None:
+    """One-sided bound with 95 % confidence of a share of which N images show none or all; None for other shares.
+
+        none   below 1 - 0.05^(1/N)
+        all    above 0.05^(1/N)
+
+    Shares beyond it would make none, or all, of N images do so in less than one of twenty cases (Clopper and Pearson
+    1934, Biometrika 26(4)).
+    """
+    if value not in (0, 1):
+        return None
+    return MISSED ** (1 / count) if value else 1 - MISSED ** (1 / count)
 
 
 def measured_mean(values: Tensor) -> Measured:
@@ -59,6 +98,12 @@ def measured_mean(values: Tensor) -> Measured:
         bad = (~finite).nonzero().flatten()
         raise ValueError(f"{len(bad)} of {len(values)} values are not finite (first: image {bad[0].item()}).")
     return Measured(values.double().mean().item(), standard_error(values))
+
+
+def measured_share(chosen: Tensor) -> Share:
+    """Share of the images of a mask [N], and its standard error sqrt(p (1 - p) / (N - 1)), or its bound."""
+    value, error = measured_mean(chosen)
+    return Share(value, error, share_bound(value, len(chosen)))
 
 
 def jackknife_error(without: Tensor) -> float:
