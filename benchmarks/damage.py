@@ -136,7 +136,7 @@ def features_of(images: Images, size: tuple[int, int], extractor: Extractor, out
 
 def step(before: Figure, after: Figure) -> int:
     """1 where a figure rises by more than its error, -1 where it falls, or 0."""
-    difference, error = after.value - before.value, math.hypot(before.error, after.error)
+    difference, error = after.value - before.value, math.hypot(before.error or 0, after.error or 0)
     return int(np.sign(difference)) if abs(difference) > CHANGED * error else 0
 
 
@@ -165,7 +165,9 @@ def tables(cells: Sequence[Cell], about: str) -> str:
     lines = [about, "", "| damage | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for cell in cells:
         name = "none" if cell.damage == "real" else f"{cell.damage}, {UNITS[cell.damage].format(cell.strength)}"
-        lines.append(f"| {name} | " + " | ".join(written(f.value, f.error) for f in cell.figures.values()) + " |")
+        lines.append(
+            f"| {name} | " + " | ".join(written(f.value, f.error, f.bound) for f in cell.figures.values()) + " |"
+        )
     lines += ["", "| damage | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for damage, meant in MEANT.items():
         own = [cells[0], *(cell for cell in cells if cell.damage == damage)]

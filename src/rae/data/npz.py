@@ -20,8 +20,7 @@ import numpy as np
 from rich.console import Console
 
 from rae import processes
-from rae.data.image_set import ImageError, Images, digest
-from rae.data.tables import NO_CLASSES
+from rae.data.image_set import NO_CLASSES, ImageError, Images, digest
 
 IMAGES, LABELS = "arr_0", "arr_1"  # as np.savez(file, images, labels) calls them
 BLOCK = 2**20  # bytes read at a time
@@ -55,7 +54,7 @@ def open_npz(files: Sequence[Path], image: str | None, label: str | None) -> Ima
     if None in labels and any(found is not None for found in labels):
         raise ImageError(
             f"{files[labels.index(None)]} holds no labels ({LABELS}), of {len(files)} files others do; complete them, "
-            f"{NO_CLASSES}"
+            + NO_CLASSES
         )
     numbers, classes = [0] * sum(batch.count for batch in batches), None
     if None not in labels:
@@ -253,7 +252,7 @@ def _labels(file: Path, archive: zipfile.ZipFile, member: str, count: int) -> tu
         if labels.min() < 0:
             raise ImageError(
                 f"{where} the label of image {labels.argmin()} is {labels.min()}, of classes from 0. Correct it, "
-                f"{NO_CLASSES}"
+                + NO_CLASSES
             )
         return labels.tolist(), int(labels.max()) + 1
     wrong = ~(np.isin(labels, (0, 1)).all(1) & (labels.sum(1) == 1))

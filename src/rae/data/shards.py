@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from rae.data.image_set import SUFFIXES, ImageError, Images, digest, read_image
+from rae.data.image_set import NO_CLASSES, SUFFIXES, ImageError, Images, digest, read_image
 from rae.sources import cache_folder
 
 # As WebDataset has it, the key ends at the first dot of the last part: a/b.c/7.seg.png is a/b.c/7 and seg.png.
@@ -54,7 +54,8 @@ def open_shards(files: Sequence[Path], image: str | None, label: str | None) -> 
     """
     if label not in (None, "", "cls"):
         raise ImageError(
-            f"data.label={label}: the labels of shards are in .cls; leave the key out, or write data.label= for none."
+            f"--label {label} (in a recipe data.label={label}): the labels of shards are in .cls; leave it out, "
+            + NO_CLASSES
         )
     console = Console(stderr=True)
     listing = track(files, "List the shards", console=console, transient=True, disable=not console.is_terminal)
@@ -98,13 +99,17 @@ def _image(file: Path, key: str, members: dict[str, Member], wanted: str | None)
         return members[endings[0]]
     has = f"of its files ({', '.join(members)})"
     if not endings:
-        what = f"none is {wanted}, as data.image asks" if wanted else f"none is an image ({', '.join(SUFFIXES)})"
+        what = (
+            f"none is {wanted}, as --image (in a recipe data.image) asks"
+            if wanted
+            else f"none is an image ({', '.join(SUFFIXES)})"
+        )
         raise ImageError(
             f"{file} key {key}: {has} {what}. A sample's files have one key and stand together (tar --sort=name)."
         )
     raise ImageError(
         f"{file} key {key}: {has} {len(endings)} are images; name the ending of the one that is meant, such as "
-        f"data.image={endings[0]}."
+        f"--image {endings[0]}, in a recipe data.image={endings[0]}."
     )
 
 
@@ -115,14 +120,14 @@ def _classes(samples: Sequence[Sample]) -> tuple[list[int], list[str] | None]:
     if without:
         raise ImageError(
             f"{without[0]} has no .cls, {len(samples) - len(without)} of {len(samples)} samples have; complete them, "
-            "or leave classes alone with data.label= and nothing behind it."
+            + NO_CLASSES
         )
     labels = []
     for sample in samples:
         if not re.fullmatch(r"\s*\d+\s*", sample.label.label):
             raise ImageError(
                 f"{sample.name}: .cls holds {sample.label.label[:40]!r}; it must be the number of the class, from 0. "
-                "Correct it, or leave classes alone with data.label= and nothing behind it."
+                f"Correct it, {NO_CLASSES}"
             )
         labels.append(int(sample.label.label))
     return labels, [str(number) for number in range(max(labels) + 1)]

@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from rae.data.image_set import ImageError, Images, digest, read_image
+from rae.data.image_set import NO_CLASSES, ImageError, Images, digest, read_image
 
 HUB = re.compile(r"hf(-stream)?:(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[^:@]+))?(@(?P<split>[^@]+))?")
 LABEL = "label"  # what a column of classes that does not say so by its type is mostly called
 IMAGE_TYPES = "images are of type Image, or the bytes of files (binary, or a struct with bytes)."
-NO_CLASSES = "or leave classes alone: --label '', in a recipe data.label= and nothing behind it."
 ROOM = "Rows are copied into the cache of datasets: HF_DATASETS_CACHE names a place with room for them."
 REACH = (
     "Check owner, name, configuration and split; `hf auth login` opens those behind a licence; HF_ENDPOINT names a "
