@@ -11,7 +11,7 @@ import pytest
 from tiny import png
 
 from rae import DiffusionModel, folders
-from rae.folders import aside, find_folder, locked, saved_kind
+from rae.folders import aside, find_folder, locked, run_of, saved_kind
 from rae.sources import SourceError
 
 
@@ -100,6 +100,22 @@ def test_a_model_that_is_not_there_is_told_what_is(runs, tmp_path, monkeypatch):
         shutil.rmtree(f"runs/dit/{folder}")
     with pytest.raises(SourceError, match=r"The run runs/dit has saved nothing yet\.$"):
         find_folder("runs/dit/kept/000000032", "a diffusion model")
+
+
+@pytest.mark.parametrize(
+    "name", [*"abc", "W", "models/000000048", "checkpoints/x", "checkpoints/000000048/train", "x/best"]
+)
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_recipe_further_up_makes_no_run_of_a_folder(tmp_path, name, relative, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Path("W") if relative else tmp_path / "W"
+    run.mkdir()
+    (run / "recipe.yaml").touch()
+    assert run_of(run / name) is None
+    with pytest.raises(SourceError, match=r"A run of `rae train-dit` makes a diffusion model\.$"):
+        find_folder(run / name / "nix", "a diffusion model")
+    for place in ("", "best", "latest", "kept/1", "checkpoints/000000048/model", "kept/1/model/encoder"):
+        assert run_of(run / place) == run
 
 
 @pytest.mark.parametrize("pointer", ["latest", "best"])

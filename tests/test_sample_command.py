@@ -23,7 +23,9 @@ from tiny import decoder_recipe, png, save_encoder
 
 from rae import RAE, DiffusionModel
 from rae.commands import sample, sample_folder
+from rae.commands.autoencoder_of import other_autoencoder
 from rae.commands.sample import choose_labels, split_labels
+from rae.config import ConfigError
 from rae.data.images import to_bytes
 from rae.diffusion.guidance import CFG
 from rae.diffusion.sampling import time_grid
@@ -517,6 +519,24 @@ def test_an_autoencoder_that_does_not_fit_is_told_the_right_one(moved, refused, 
     shutil.copytree(moved / "runs/dit/checkpoints/000000048/model", "converted")  # of which nothing more is known
     assert refused("sample", "converted", *command).strip().endswith(wrong)
     assert not Path("out").exists()
+
+
+def test_the_recipe_of_another_run_further_up_is_not_asked(moved, runs, refused):
+    model = Path("W/a/b/c/d/model")
+    shutil.copytree(moved / "runs/dit/checkpoints/000000048/model", model)
+    shutil.copy(runs / "dit/recipe.yaml", "W")
+    options = ["--num", 1, "--steps", 2, "--out", "out"]
+    assert f"{model} is not the folder of a run, which would name its autoencoder; give --" in refused(
+        "sample", model, *options
+    )
+
+
+def test_an_autoencoder_that_does_not_fit_is_told_whatever_the_recipe_says(moved, runs, tmp_path):
+    model = DiffusionModel.from_pretrained(moved / "runs/dit")
+    for text in ((runs / "decoder/recipe.yaml").read_text(), "run: [unclosed"):  # of stage 1; none
+        (moved / "runs/dit/recipe.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=r"latents are .*, the model wants \S+ \S+ \S+ \(C, h, w\)\.$"):
+            other_autoencoder("pixels@16", model, moved / "runs/dit")
 
 
 def test_a_guiding_checkpoint_that_is_not_there_is_told_the_others(runs, refused, tmp_path):

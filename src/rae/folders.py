@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rae.sources import MODEL_REMEDIES, SourceError, fetch_hub, source_of
+
+_MODEL_OF_RUN = re.compile(r"\.|best|latest|(checkpoints|kept)/\d+(/model(/.*)?)?")  # as seen from the run
 
 
 def find_folder(folder_or_hub_id: str | Path, what: str) -> Path:
@@ -72,8 +75,15 @@ def _what_there_is(path: Path, what: str) -> str:
 
 
 def run_of(path: Path) -> Path | None:
-    """The folder of the run that `path` is, or lies in; None if there is none."""
-    return next((place for place in (path, *path.parents) if (place / "recipe.yaml").is_file()), None)
+    """The folder of the run that `path` is, or is a model of; None if there is none.
+
+    A model is at run/best, run/latest, run/checkpoints/N or run/kept/N, and in the folder `model` of these two. A run
+    further up has nothing to do with it: recipe.yaml lies in many a folder of projects.
+    """
+    for place in (path, *path.parents):
+        if _MODEL_OF_RUN.fullmatch(path.relative_to(place).as_posix()) and (place / "recipe.yaml").is_file():
+            return place
+    return None
 
 
 def check_kind(folder: Path, wanted: str) -> None:

@@ -1,5 +1,6 @@
 """Which autoencoder a run of `rae train-dit` was trained with, wherever both lie now."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ def autoencoder_of(model: DiffusionModel, run: str | Path, say: Callable[[str], 
     """
     if not (folder := _run_of(run)):
         raise ConfigError(f"{run} is not the folder of a run, which would name its autoencoder; give --autoencoder.")
-    name = _named_by(folder)
+    name = _trained_with(folder)
     if is_baseline(name):
         return name, open_autoencoder(name)
     errors = []
@@ -68,10 +69,10 @@ def other_autoencoder(name: str, model: DiffusionModel, run: str | Path) -> Auto
     try:
         model.check_autoencoder(rae)
     except ValueError as error:
-        folder = _run_of(run)
-        trained = (
-            f" {run} was trained with {_named_by(folder)}, which is taken without --autoencoder." if folder else ""
-        )
+        trained = ""
+        with contextlib.suppress(ConfigError):  # of a recipe that cannot be read nothing is said; the model still can
+            if folder := _run_of(run):
+                trained = f" {run} was trained with {_trained_with(folder)}, which is taken without --autoencoder."
         raise ConfigError(f"--autoencoder {name}: {error}{trained}") from error
     return rae
 
@@ -80,7 +81,7 @@ def _run_of(path: str | Path) -> Path | None:
     return run_of(Path(os.path.abspath(Path(path).expanduser())))
 
 
-def _named_by(run: Path) -> str:
+def _trained_with(run: Path) -> str:
     return load_recipe(DiTRecipe, run / "recipe.yaml").rae
 
 
