@@ -1,5 +1,6 @@
 """`rae evaluate` and `rae reference`: the figures are those of the features, however the work was cut up."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -187,6 +188,26 @@ def test_what_was_computed_is_not_computed_again(whole, small_chunks, sets, look
     run(*command)
     assert [file.stat().st_mtime_ns for file in written] == before
     assert values(tmp_path / "out") == pytest.approx(whole, rel=1e-6)
+
+
+def test_labels_are_looked_up_by_numbers(sets, tmp_path):
+    """Those of a large set took seconds, one tensor for each."""
+
+    class Labels(list):
+        def __getitem__(self, number):
+            assert type(number) is int
+            return super().__getitem__(number)
+
+    images = open_images(sets[1])
+    images = dataclasses.replace(images, labels=Labels(i % 2 for i in range(len(images))), class_names=["a", "b"])
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    pixels = torch.stack([to_tensor(images.read(i)) for i in order.tolist()])
+    part = {"features": order[:, None].double(), "index": order, "digests": pixel_digests(pixels)}
+    (tmp_path / "e").mkdir()
+    feature_folder._write(feature_folder._file(tmp_path, "e", 0), [part])
+    found, read = feature_folder.read_features(tmp_path, "e", images)
+    assert found.rows["features"][:, 0].tolist() == read
+    assert found.classes.labels.tolist() == [number % 2 for number in read]
 
 
 # --- references

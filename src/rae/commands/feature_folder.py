@@ -118,7 +118,7 @@ def read_features(
     files = sorted(_place(folder, name).glob("*.safetensors"))
     known = [part for file in files if len((part := _load(file, "index", DIGESTS))["index"])]
     numbers = torch.cat([part["index"] for part in known])
-    labels = torch.tensor([images.labels[number] if images else 0 for number in numbers])
+    labels = torch.tensor([images.labels[number] if images else 0 for number in numbers.tolist()])
     order = digest_order(torch.cat([part[DIGESTS] for part in known]), labels)
     kept = order[:keep]
     parts = ({kind: values for kind, values in _load(file).items() if kind != "index"} for file in files)
