@@ -23,6 +23,7 @@ def by_definition(logits: torch.Tensor) -> float:
 
 def test_closed_forms():
     assert inception_score(torch.zeros(7, 5)) == (pytest.approx(1), None)
+    assert inception_score(logits_of(1, seed=0).repeat(7, 1), split=4) == (pytest.approx(1), None)
     certain = 1e4 * torch.eye(6).repeat(3, 1)  # one class each, with probabilities that no float holds
     assert inception_score(certain).value == pytest.approx(6, rel=1e-12)
     assert inception_score(1e4 * torch.eye(6)[[0, 0, 0, 1]]).value == pytest.approx(np.exp(entropy([0.75, 0.25])))

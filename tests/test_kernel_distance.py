@@ -108,6 +108,12 @@ def test_subsets_as_published(generator):
     assert found.std == pytest.approx(np.std(expected), rel=1e-9)
 
 
+def test_sets_of_equal_images_have_no_error(generator):
+    for x, y in torch.randn(8, 2, 1, 5, generator=generator):  # of some, rounding leaves one of 5e-15
+        assert kernel_distance(x.repeat(9, 1), y.repeat(7, 1)).error is None
+    assert kernel_distance(x.repeat(9, 1), torch.randn(7, 5, generator=generator)).error > 0.1
+
+
 def test_the_mean_over_subsets_tends_to_the_whole(generator):
     x, y = torch.randn(60, 5, generator=generator), torch.randn(80, 5, generator=generator) * 1.3
     found = subset_distance(x, y, subsets=600, size=20)

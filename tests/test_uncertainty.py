@@ -28,7 +28,15 @@ def test_mean_and_its_error():
     assert found == (3.0, pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3)))
     assert measured_mean(torch.tensor([True, False])) == (0.5, pytest.approx(0.5))
     assert measured_mean(torch.tensor([2])) == (2.0, None)
-    assert measured_mean(torch.tensor([2, 2, 2])) == (2.0, None)  # no scatter is seen, which is not one of 0
+
+
+@pytest.mark.parametrize("value", [2, 0.1, 1.4])
+def test_equal_values_have_no_error(value):
+    """No scatter is seen, which is not one of 0, nor of what rounding leaves: 1.4 differs from the mean of seven."""
+    for dtype in (None, torch.float64):
+        values = torch.tensor([value] * 7, dtype=dtype)
+        assert standard_error(values) is None
+        assert measured_mean(values) == (pytest.approx(value, rel=1e-6), None)
 
 
 @pytest.mark.parametrize("count", [1, 60, 50_000])

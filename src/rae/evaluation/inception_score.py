@@ -43,7 +43,7 @@ def inception_score(logits: Tensor, *, split: int | None = SPLIT) -> Measured:
     for part in where_float64_is(logits).split(split or len(logits)):
         divergences = _divergences(part)
         scores.append(math.exp(divergences.mean().item()))
-        errors.append(scores[-1] * (standard_error(divergences) or 0.0))  # a last split of one image always scores 1
+        errors.append(scores[-1] * (standard_error(divergences) or 0.0))  # a split of equal images always scores 1
     return Measured(sum(scores) / len(scores), math.hypot(*errors) / len(scores) or None)
 
 

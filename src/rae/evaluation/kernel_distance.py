@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rae.evaluation.feature_sets import blocks, check_features, where_float64_is
-from rae.evaluation.uncertainty import Measured, jackknife_error, random_subset
+from rae.evaluation.uncertainty import Measured, all_equal, jackknife_error, random_subset
 
 
 class SubsetEstimate(NamedTuple):
@@ -61,7 +61,8 @@ def kernel_distance(samples: Tensor, reference: Tensor) -> Measured:
     value = _mmd2(xx, n, yy, m, xy)
     without_x = _mmd2(xx - 2 * sums.xx, n - 1, yy, m, xy - sums.xy)
     without_y = _mmd2(xx, n, yy - 2 * sums.yy, m - 1, xy - sums.yx)
-    return Measured(value.item(), float(np.hypot(jackknife_error(without_x), jackknife_error(without_y))) or None)
+    error = float(np.hypot(jackknife_error(without_x), jackknife_error(without_y)))
+    return Measured(value.item(), None if all_equal(samples) and all_equal(reference) else error)
 
 
 def subset_distance(

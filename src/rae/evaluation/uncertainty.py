@@ -67,9 +67,16 @@ def written(value: float, error: float | None, bound: float | None = None) -> st
     return f"{value:,.{digits}f} ± {error:,.{digits}f}"
 
 
+def all_equal(values: Tensor) -> bool:
+    """Whether no image of values [N,...] differs from the first, so that an error of them is one of rounding."""
+    return bool((values == values[0]).all())
+
+
 def standard_error(values: Tensor) -> float | None:
     """s / sqrt(N) of the mean of values [N], s with N - 1; None for a single one, and where all are equal."""
-    return values.double().std().item() / math.sqrt(len(values)) or None if len(values) > 1 else None
+    if all_equal(values):
+        return None
+    return values.double().std().item() / math.sqrt(len(values))
 
 
 def share_bound(value: float, count: int) -> float | None:
