@@ -275,13 +275,20 @@ def test_a_run_that_saved_nothing(dit):
     assert only(dit).startswith("it ended after 0 images\nThe same")
 
 
+def begun(run: Path) -> Path:
+    """The run, killed before its first checkpoint."""
+    for name in ("checkpoints", "log.jsonl", "latest", "best"):
+        shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink(missing_ok=True)
+    return run
+
+
 @pytest.mark.parametrize(
     ("stage", "changes", "what"),
     [
         (
             "dit",
             {"rae": "NOWHERE"},
-            r"its autoencoder .*nowhere is not here.*\n`rae train-decoder` makes one; rae=FOLDER",
+            r"its autoencoder is not here: .*nowhere: no such folder.*\n`rae train-decoder` makes one; rae=FOLDER",
         ),
         ("dit", {"latents": "NOWHERE"}, r"latents .*nowhere: "),
         (
@@ -293,9 +300,7 @@ def test_a_run_that_saved_nothing(dit):
     ],
 )
 def test_a_run_that_cannot_begin(stage, changes, what, request, tmp_path):
-    run = request.getfixturevalue(stage)
-    for name in ("checkpoints", "log.jsonl", "latest", "best"):
-        shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink(missing_ok=True)
+    run = begun(request.getfixturevalue(stage))
     assert "\nThe same command begins anew" in only(run)
     change_recipe(run, **{key: str(tmp_path / "nowhere") for key in changes})
     ended, missing = found(run)
@@ -381,6 +386,25 @@ def test_baselines_need_no_folder_but_their_weights(dit, tmp_path):
     assert found(dit) == []
     change_recipe(dit, rae="sd-vae:nowhere@16")
     assert re.search(r"its autoencoder sd-vae:nowhere@16 is not here.*\n.*--autoencoder sd-vae:FOLDER@SIZE", only(dit))
+
+
+@pytest.mark.parametrize("name", ["someone/on-the-hub", "hub:someone/on-the-hub", "sd-vae:someone/vae@16", "pixels@16"])
+def test_before_the_first_checkpoint_an_autoencoder_of_the_hub_is_still_to_be_fetched(dit, name):
+    change_recipe(begun(dit), rae=name)
+    assert only(dit) == "it ended after 0 of 48 images\nThe same command begins anew, since nothing is saved."
+
+
+def test_before_the_first_checkpoint_the_remedy_is_that_of_training(dit, tmp_path):
+    change_recipe(begun(dit), rae=f"sd-vae:{tmp_path}/nowhere@16")
+    ended, finding = found(dit)
+    assert ended.endswith("Once the following is put right, the same command begins anew, since nothing is saved.")
+    assert re.search(r"its autoencoder is not here: .*/nowhere: no such.*\nrae=sd-vae:FOLDER@SIZE behind the", finding)
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/config.json").write_text("{}")
+    change_recipe(dit, rae=str(tmp_path / "half"))
+    assert re.search(
+        r"(?s)its autoencoder .*half cannot be read: .*\n.*; rae=FOLDER behind the training", found(dit)[1]
+    )
 
 
 def test_an_autoencoder_that_is_another_one_now(dit, runs, tmp_path):

@@ -138,38 +138,60 @@ def check_disk(run: RunRecord) -> Iterator[str]:
 
 
 def check_autoencoder(run: RunRecord) -> Iterator[str]:
-    """Looks where `rae sample` does; before the first checkpoint, for one that training can begin with."""
+    """Looks where `rae sample` does; before the first checkpoint what training would fetch is not missing."""
     if not isinstance(run.recipe, DiTRecipe):
         return
     name, trained = run.recipe.rae, run.state["identity"]["latents"] if run.state else None
     if is_baseline(name):  # pixels need nothing; of SD-VAE, whether it is the same one is told by its weights alone
-        weights = name.partition(":")[2].rpartition("@")[0]
-        if weights and not Path(weights).expanduser().is_dir() and not is_downloaded(weights):
-            yield (
-                f"its autoencoder {name} is not here, nor was it downloaded from the hub.\nStart from the folder it "
-                f"was trained in, or give `rae sample {run.folder} --autoencoder sd-vae:FOLDER@SIZE`."
-            )
+        if weights := name.partition(":")[2].rpartition("@")[0]:
+            yield from _missing_sd_vae(run, weights)
         return
     others = []
     for place in places_of(name, run.folder):
         try:
             found = saved_latent_identity(place)
         except ValueError as error:
-            others.append(f"cannot be read: {error}")
+            others.append(f"{name} cannot be read: {error}")
             continue
         if trained in (found, None):
             return
-        others.append(f"is another one now: the model lives in latent space {trained[:12]}, {place} has {found[:12]}.")
-    if not others and is_downloaded(name):
-        return
-    remedy = (
-        f"`rae sample {run.folder} --autoencoder FOLDER` takes it from elsewhere, and so does rae=FOLDER behind the "
-        "training command. Only the decoder may be another one."
-        if run.state
-        else "`rae train-decoder` makes one; rae=FOLDER behind the training command takes it from elsewhere."
-    )
-    why = others[0] if others else "is not here, nor was it downloaded from the hub."
-    yield f"its autoencoder {name} {why}\n{remedy}"
+        others.append(
+            f"{name} is another one now: the model lives in latent space {trained[:12]}, {place} has {found[:12]}."
+        )
+    if run.state:
+        if not others and is_downloaded(name):
+            return
+        why = others[0] if others else f"{name} is not here, nor was it downloaded from the hub."
+        yield (
+            f"its autoencoder {why}\n`rae sample {run.folder} --autoencoder FOLDER` takes it from elsewhere, and so "
+            "does rae=FOLDER behind the training command. Only the decoder may be another one."
+        )
+    elif why := others[0] if others else _refused(name):
+        yield (
+            f"its autoencoder {why}\n`rae train-decoder` makes one; rae=FOLDER behind the training command takes it "
+            "from elsewhere."
+        )
+
+
+def _missing_sd_vae(run: RunRecord, weights: str) -> Iterator[str]:
+    name = run.recipe.rae
+    if run.state is None:
+        if why := _refused(weights):
+            yield f"its autoencoder {why}\nrae=sd-vae:FOLDER@SIZE behind the training command takes it from elsewhere."
+    elif not Path(weights).expanduser().is_dir() and not is_downloaded(weights):
+        yield (
+            f"its autoencoder {name} is not here, nor was it downloaded from the hub.\nStart from the folder it was "
+            f"trained in, or give `rae sample {run.folder} --autoencoder sd-vae:FOLDER@SIZE`."
+        )
+
+
+def _refused(name: str) -> str | None:
+    """Why training would not look for `name`; it fetches what the hub has."""
+    try:
+        source_of(name)
+    except SourceError as error:
+        return f"is not here: {error}"
+    return None
 
 
 def check_encoder(run: RunRecord) -> Iterator[str]:
@@ -178,11 +200,8 @@ def check_encoder(run: RunRecord) -> Iterator[str]:
         return
     if run.state is None:
         name = run.recipe.encoder.name
-        try:
-            if name not in ENCODERS:
-                source_of(name)
-        except SourceError as error:
-            yield f"its encoder is not here: {error}\nencoder.name=FOLDER behind the training command names another."
+        if name not in ENCODERS and (why := _refused(name)):
+            yield f"its encoder {why}\nencoder.name=FOLDER behind the training command names another."
         return
     config = read_json(RAEConfig, run.intact[-1] / "model/config.json")
     kind, _, source = config.encoder.source.partition(":")
