@@ -476,6 +476,15 @@ def test_reconstructions_are_compared_image_by_image(tmp_path):
     np.testing.assert_array_equal(report.images("b, 000003")[0], pairs[3][:, 4:])
 
 
+def test_how_many_images_the_source_holds_is_no_difference_to_files_that_do_not_say(tmp_path):
+    pairs = {i: noise(4, 8, 3, seed=i) for i in range(3)}
+    old = make_reconstructions(tmp_path / "old", pairs, [10.0, 11, 12])
+    new = make_reconstructions(tmp_path / "new", pairs, [10.0, 11, 12], source_images=90, unreadable=["3.jpg"])
+    report = Report([old, new], tmp_path / "out")
+    assert "source_images" not in report.markdown
+    assert "source_images" not in report.html
+
+
 def test_equal_reconstructions_have_no_error_of_nought(tmp_path):
     pairs = {i: noise(4, 8, 3, seed=i) for i in range(3)}
     paths = [make_reconstructions(tmp_path / name, pairs, [10.0, 20.0, 60.0]) for name in "ab"]

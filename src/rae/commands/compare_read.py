@@ -20,12 +20,13 @@ import yaml
 from rae.commands.pictures import picture_name
 from rae.commands.reference import UNKNOWN
 from rae.commands.sample_folder import PROTOCOL
+from rae.commands.subject import FIGURES
 from rae.evaluation.report import ReportError
 from rae.training.run_folder import _flatten, read_log
 
-FIGURES = "figures.json"
 EVALUATION = "evaluation.json"
-ELSEWHERE = {"images", "rows", "mean", "unreadable", "labels", "class_names", "jobs"}  # of a protocol, or too long
+# of a protocol: what stands elsewhere, is too long, or is of the source rather than of how pictures were made
+ELSEWHERE = {"images", "source_images", "rows", "mean", "unreadable", "labels", "class_names", "jobs"}
 KNOWN = {
     "recipe.yaml": "a training run",
     PROTOCOL: "samples",

@@ -15,13 +15,13 @@ from typing import Any, Literal
 import numpy as np
 
 from rae.commands.look import open_side
-from rae.commands.pictures import OutputError
+from rae.commands.pictures import OutputError, picture_name
 from rae.commands.sample_folder import PROTOCOL
 from rae.data.image_set import Images, digest, read_image
 from rae.data.images import DataConfig, subset
 from rae.folders import saved_kind
 
-RECONSTRUCTIONS = "reconstructions.json"
+RECONSTRUCTIONS, FIGURES = "reconstructions.json", "figures.json"  # what `rae reconstruct` was asked for, and found
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Subject:
         images: in their order.
         originals: of reconstructions, in the same order.
         protocol: how they were made, as far as their folder tells.
+        without: images of which there are no reconstructions, since they cannot be read; None = not known.
     """
 
     kind: Literal["samples", "reconstructions", "images"]
@@ -41,6 +42,7 @@ class Subject:
     images: Images
     originals: Images | None
     protocol: dict[str, Any]
+    without: int | None = 0
 
 
 def open_subject(source: str, data: DataConfig, num: int | None) -> Subject:
@@ -56,7 +58,7 @@ def open_subject(source: str, data: DataConfig, num: int | None) -> Subject:
         OutputError: a protocol that cannot be read; fewer images than `num`.
     """
     folder = Path(source).expanduser()
-    originals, protocol = None, {}
+    originals, protocol, without = None, {}, 0
     if (folder / RECONSTRUCTIONS).is_file():
         kind, protocol = "reconstructions", _read(folder / RECONSTRUCTIONS)
         originals, images = _halves(folder)
@@ -69,7 +71,9 @@ def open_subject(source: str, data: DataConfig, num: int | None) -> Subject:
         raise OutputError(f"{source} holds {len(images):,} images, {num:,} are asked for; make more, or ask for fewer.")
     if num is not None:
         images, originals = (each and subset(each, range(num)) for each in (images, originals))
-    return Subject(kind, source, images, originals, protocol)
+    if originals:
+        without = _without(folder, None if num is None else Path(images.names[-1]).name)
+    return Subject(kind, source, images, originals, protocol, without)
 
 
 def is_pairs(source: str) -> bool:
@@ -106,6 +110,23 @@ def _halves(folder: Path) -> tuple[Images, Images]:
     identity = [digest([side, *(f"{file.name} {file.stat().st_size}" for file in files)]) for side in "01"]
     sides = [Images(names, [0] * len(names), None, identity[side], _Half(names, side)) for side in (0, 1)]
     return sides[0], sides[1]
+
+
+def _without(folder: Path, last: str | None) -> int | None:
+    """How many images have no pair, by figures.json: up to that of the picture `last`, or all. None = it is not there.
+
+    Raises:
+        OutputError: it cannot be read.
+    """
+    if not (folder / FIGURES).is_file():  # `rae reconstruct` was interrupted, or another process has yet to write it
+        return None
+    figures = _read(folder / FIGURES)
+    try:
+        pairs, broken = {row["file"] for row in figures["rows"]}, figures["unreadable"]
+    except (KeyError, TypeError) as error:
+        raise OutputError(f"{folder / FIGURES} is damaged (no {error}); run `rae reconstruct` again.") from error
+    every = map(picture_name, range(len(pairs) + len(broken)))
+    return sum(file not in pairs and (last is None or file < last) for file in every)
 
 
 class _Half:
