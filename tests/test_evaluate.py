@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -542,6 +543,32 @@ def test_broken_images_are_named_and_left_out(sets, look, refused, run, tmp_path
     flags = json.loads((tmp_path / "other/evaluation.json").read_text())["flags"]
     assert "1 of 12 images of the reference cannot be read and are left out" in flags
     assert figures(tmp_path / "skipped")["frechet"]["protocol"] == "11 images against 26 images"
+
+
+def test_reconstructions_know_how_many_images_were_left_out(runs, look, run, refused, tmp_path):
+    images = save_images(tmp_path / "images", 14, seed=1, size=(16, 16))
+    for name in ("003.png", "013.png"):
+        (images / name).write_bytes(b"no png")
+
+    def evaluated(subject: Path, *arguments) -> tuple[int, int | None, int | None, list[str]]:
+        """Images judged, those left out of the subject and of what it is compared with, what is said of them."""
+        run("evaluate", subject, *arguments, *look, "--out", tmp_path / "out" / subject.name)
+        found = json.loads((tmp_path / "out" / subject.name / "evaluation.json").read_text())
+        flags = [flag for flag in found["flags"] if "cannot be read" in flag]
+        return found["subject"]["images"], found["subject"]["skipped"], found["reference"]["skipped"], flags
+
+    said = ["2 of 14 images of the subject cannot be read and are left out"]
+    assert evaluated(runs / "decoder", "--reference", images, "--skip-broken") == (12, 2, 2, said)
+    pairs = tmp_path / "out/decoder/reconstructions"
+    assert evaluated(pairs) == (12, 2, 2, said)
+    one = ["1 of 13 images of the subject cannot be read and are left out"]
+    assert evaluated(shutil.copytree(pairs, tmp_path / "first"), "--num", 12) == (12, 1, 1, one)  # 013 comes later
+    shutil.copytree(pairs, tmp_path / "interrupted")
+    (tmp_path / "interrupted/figures.json").unlink()
+    assert evaluated(tmp_path / "interrupted") == (12, None, None, [])  # not known
+    shutil.copytree(pairs, tmp_path / "other")
+    (tmp_path / "other/figures.json").write_text("{}")
+    assert "figures.json is damaged" in refused("evaluate", tmp_path / "other", *look, "--out", tmp_path / "x")
 
 
 def test_a_reference_file_knows_how_many_images_were_left_out(sets, look, run, tmp_path, monkeypatch):

@@ -111,9 +111,17 @@ def write_reference(
     Console().print(table)
 
 
-def _about(found: Features, images: Images | None) -> dict[str, Any]:
-    """What the features are of, and how many images were left out; of features from a file, the file tells."""
-    return found.about | ({"skipped": len(images) - len(found.read)} if images else {})
+def _about(found: Features, images: Images | None, without: int | None = 0) -> dict[str, Any]:
+    """What the features are of, and how many images were left out; of features from a file, the file tells.
+
+    Args:
+        found: the features.
+        images: that they are of; None = they are from a file.
+        without: images that were left out before, see `Subject`.
+    """
+    if images is None:
+        return found.about
+    return found.about | {"skipped": None if without is None else without + len(images) - len(found.read)}
 
 
 def _save(found: Features, about: dict[str, Any], look: Look, path: Path) -> None:
@@ -191,7 +199,8 @@ def evaluate(
     if not process_state().is_main_process:
         return None
     compared = judged.originals or given.images  # None: features from a file
-    subject_about, reference_about = _about(own, judged.images), _about(whole, compared)
+    subject_about = _about(own, judged.images, judged.without)
+    reference_about = _about(whole, compared, judged.without if judged.originals else 0)
     if compared and not (given and given.moments):
         _save(whole, reference_about, look, out / "reference.safetensors")
     role = role_of(subject, given) if given else UNKNOWN
@@ -207,7 +216,7 @@ def evaluate(
         "extractors": {name: extractor.describe() for name, extractor in look.extractors.items()},
         "figures": {name: figure._asdict() for name, figure in figures.items()},
         "left_out": {name: figure._asdict() for name, figure in missing.items()},
-        "flags": _skipped(subject=subject_about, reference=reference_about)
+        "flags": _skipped(subject=subject_about, **({} if judged.originals else {"reference": reference_about}))
         + _flags(judged, own, whole, given, role, data.on_broken),
         "made": {
             "rae": importlib.metadata.version("rae"),
