@@ -7,6 +7,7 @@ import math
 import os
 import re
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from rae.evaluation.report import curves
 from rae.experiments import NAMES, find_study
 from rae.experiments.drawing import ABOVE, BELOW, GAP, SCALE, read_picture, sheet
 from rae.experiments.frame import Difference, Drawing, Results, Study, Verdict, draws, seed_of
-from rae.experiments.runner import run_study
+from rae.experiments.page import write_page
+from rae.experiments.runner import read_rows, run_study
 
 CALLS = []  # (setting, seed) of every run that was made, in order
 
@@ -386,13 +388,39 @@ def test_no_picture_of_rows_that_are_missing(tmp_path):
     assert not (tmp_path / "small.png").exists()
 
 
-def test_a_file_that_is_no_picture_of_a_study_is_refused(tmp_path):
-    (tmp_path / "small.png").write_bytes(png(0))
-    with pytest.raises(ValueError, match=r"small.png is no picture of a study .*take it away"):
-        run_study(study(drawing=drawing()), tmp_path, seeds=1)
-    (tmp_path / "small.png").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"small.png is no picture of a study"):
-        read_picture(tmp_path / "small.png")
+def saved_anew(file: Path) -> None:
+    with Image.open(file) as image:
+        Image.fromarray(np.asarray(image)).save(file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (saved_anew, "its text 'Description' is missing, as where another program has saved it anew"),
+        (lambda file: file.write_bytes(file.read_bytes().replace(b"made of", b"made_of")), ""),  # the sum is wrong
+        (lambda file: file.write_bytes(file.read_bytes()[:-40]), ""),
+        (lambda file: file.write_bytes(b"nothing"), "cannot identify image file"),
+    ],
+)
+def test_a_file_that_is_no_picture_of_a_study_is_refused_before_any_row_runs(damage, why, tmp_path):
+    file = tmp_path / "small.png"
+    page = run_study(study(drawing=drawing()), tmp_path, seeds=1)
+    rows = (tmp_path / "small.jsonl").read_text()
+    damage(file)
+    CALLS.clear()
+    said = rf"^{file} is no picture of a study: .*{why}.*\. Remove it, and the same command draws it again: rm {file}$"
+    with pytest.raises(ValueError, match=said):
+        run_study(study(drawing=drawing()), tmp_path, seeds=2)
+    assert (CALLS, (tmp_path / "small.jsonl").read_text()) == ([], rows)
+
+    page.unlink()
+    text = write_page(study(drawing=drawing()), read_rows(rows.encode(), file), tmp_path).read_text()
+    assert "small.png is no picture of a study" in text
+    assert "![What the models make]" not in text
+
+    file.unlink()
+    run_study(study(drawing=drawing()), tmp_path, seeds=2)
+    assert CALLS[-1] == "picture"
     assert read_picture(tmp_path / "other.png") is None
 
 

@@ -5,6 +5,7 @@ So a page can show it, and a later run can tell whether it is still the picture 
 
 import io
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,11 +47,17 @@ def read_picture(file: Path) -> Picture | None:
     try:
         with Image.open(file) as image:
             image.load()
-            return Picture(image.text[CAPTION], json.loads(image.text[MADE_OF]))
+            texts = image.text if image.format == "PNG" else {}
+        if missing := [name for name in (CAPTION, MADE_OF) if name not in texts]:
+            raise ValueError(f"its text {missing[0]!r} is missing, as where another program has saved it anew")
+        return Picture(texts[CAPTION], dict(json.loads(texts[MADE_OF])))
     except FileNotFoundError:
         return None
-    except (OSError, AttributeError, KeyError, ValueError) as error:
-        raise ValueError(f"{file} is no picture of a study ({error}); take it away, and it is drawn again.") from error
+    except (OSError, SyntaxError, TypeError, ValueError) as error:  # Pillow says SyntaxError of a damaged PNG
+        raise ValueError(
+            f"{file} is no picture of a study: {error}. Remove it, and the same command draws it again: "
+            f"rm {shlex.quote(str(file))}"
+        ) from error
 
 
 def sheet(rows: Sequence[Tensor], above: Sequence[str], below: Sequence[Sequence[str]]) -> np.ndarray:

@@ -113,9 +113,12 @@ def _results(study: Study, results: Results) -> list[Piece]:
 
 
 def _picture(study: Study, out: Path) -> list[Piece]:
-    """The picture, where it has been drawn, with what it says of itself."""
+    """The picture, where it has been drawn, with what it says of itself; or a note that it is none."""
     file = out / f"{study.name}.png"
-    picture = read_picture(file) if study.drawing else None
+    try:
+        picture = read_picture(file) if study.drawing else None
+    except ValueError as error:
+        return [note(str(error))]
     if picture is None:
         return []
     link = Piece("", lambda _: f"![What the models make]({file.name})")

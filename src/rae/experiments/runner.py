@@ -65,7 +65,8 @@ def run_study(
 
     Raises:
         ValueError: a key that the protocol has not, fewer seeds than one, a quick form beside the real results, rows
-            of another protocol, another process at work on the same rows, images for a study that reads none.
+            of another protocol, a picture that is none, another process at work on the same rows, images for a study
+            that reads none.
         ImageError: the images cannot be had.
     """
     console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -85,6 +86,8 @@ def run_study(
     out.mkdir(parents=True, exist_ok=True)
     with _rows_file(out / f"{study.name}.jsonl", console) as (rows, append):
         _check_rows(out / f"{study.name}.jsonl", rows, configs)
+        if study.drawing:
+            read_picture(out / f"{study.name}.png")  # refuses another file of that name, before any row runs
         _declare(study, console, quick)
         try:
             _run_missing(study, configs, range(seeds), place, rows, append, console)
