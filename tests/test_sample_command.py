@@ -336,6 +336,29 @@ def test_npz_in_place_of_pngs(whole, coupled, runs, run, tmp_path, monkeypatch):
         assert len(file["arr_0"]) == len(file["arr_1"]) == 12
 
 
+def test_an_npz_of_an_earlier_version_is_given_its_classes(whole, runs, run, tmp_path, monkeypatch):
+    out, npz = tmp_path / "out", tmp_path / "samples.npz"
+    command = ["sample", runs / "dit", *BATCH, "--out", out, "--npz", npz, "--no-pngs"]
+    run(*command)
+    sample_folder.pack(sorted(whole.glob("*.png")), None, npz, protocol(whole))
+    monkeypatch.setattr(sample, "write_samples", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_folder, "_write_labels", lambda archive, labels: archive.writestr("half", b"")[0])
+        with pytest.raises(TypeError):
+            sample_folder.add_labels(npz, [])
+    with np.load(npz) as file:
+        assert file.files == ["arr_0"]  # the old one, whole
+    assert f"{npz} holds them already\ntheir classes were not in it" in run(*command)
+    with np.load(npz) as file:
+        assert file.files == ["arr_0", "arr_1"]
+        assert np.array_equal(file["arr_0"], pngs(whole))
+        assert (file["arr_1"].dtype, file["arr_1"].tolist()) == (np.int64, protocol(whole)["labels"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-overview.png", "samples.npz"]
+    before = npz.stat().st_mtime_ns
+    assert "classes were not" not in run(*command)
+    assert npz.stat().st_mtime_ns == before
+
+
 def test_an_npz_is_judged_as_its_pngs_are(runs, run, encoder, tmp_path):
     """By class as well: it holds the labels."""
     out, npz, real = tmp_path / "out", tmp_path / "x.npz", tmp_path / "real"

@@ -22,6 +22,8 @@ from rae.commands.autoencoder_of import autoencoder_of, other_autoencoder
 from rae.commands.pictures import OutputError, Rounding, check_file, picture_name
 from rae.commands.sample_folder import (
     PROTOCOL,
+    add_labels,
+    has_labels,
     is_packed,
     keeps_latents,
     latent_name,
@@ -113,6 +115,10 @@ def sample_to_folder(
     job, rows = None, []
     if no_pngs and not unkept and is_packed(npz, protocol):
         say(f"{npz} holds them already")
+        if diffusion.null_label and state.is_main_process and not has_labels(npz):
+            _check_room(npz, npz.stat().st_size, "leave --npz out")
+            add_labels(npz, chosen)
+            say("their classes were not in it, as an earlier version of rae packed it: arr_1 is added")
     else:
         if npz:
             _check_room(npz, 3 * math.prod(rae.output_size) * len(chosen), "leave --npz out")

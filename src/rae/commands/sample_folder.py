@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import shutil
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,7 @@ from rae.training.display import progress
 
 PROTOCOL = "samples.json"
 OVERVIEW_ROWS, OVERVIEW_COLUMNS = 8, 8
+_LABELS = "arr_1.npy"
 
 
 def latent_name(index: int) -> str:
@@ -287,16 +289,34 @@ def pack(files: Sequence[Path], labels: Sequence[int] | None, npz: Path, protoco
             for file in files:
                 array.write(read_picture(file).tobytes())
         if labels is not None:
-            with archive.open("arr_1.npy", "w") as array:
-                np.lib.format.write_array(array, np.asarray(labels, np.int64))
+            _write_labels(archive, labels)
 
 
 def is_packed(npz: Path, protocol: dict[str, Any]) -> bool:
-    """Whether `npz` holds all images of this protocol, packed before."""
+    """Whether `npz` holds all images of this protocol, packed before; by an earlier version, without `arr_1`."""
     if not zipfile.is_zipfile(npz):
         return False
     with zipfile.ZipFile(npz) as archive:
         return archive.comment == _digest(protocol)
+
+
+def has_labels(npz: Path) -> bool:
+    """Whether a file of `pack` holds the classes."""
+    with zipfile.ZipFile(npz) as archive:
+        return _LABELS in archive.namelist()
+
+
+def add_labels(npz: Path, labels: Sequence[int]) -> None:
+    """Put the classes into a file that `pack` wrote without them; the images are copied as they are."""
+    with aside(npz) as hidden:
+        shutil.copyfile(npz, hidden)
+        with zipfile.ZipFile(hidden, "a") as archive:  # which keeps the comment
+            _write_labels(archive, labels)
+
+
+def _write_labels(archive: zipfile.ZipFile, labels: Sequence[int]) -> None:
+    with archive.open(_LABELS, "w") as array:
+        np.lib.format.write_array(array, np.asarray(labels, np.int64))
 
 
 def _digest(protocol: dict[str, Any]) -> bytes:
