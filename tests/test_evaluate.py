@@ -386,6 +386,19 @@ def test_columns_are_of_the_side_that_has_them(look, run, refused, tmp_path):
     assert "--label classes (in a recipe data.label=classes) names a column" in " ".join(refused(*one).split())
 
 
+def test_a_name_that_one_side_lacks_is_the_other_s(look, run, tmp_path):
+    """Samples of `rae sample --npz` against a table with two columns of classes."""
+    images = [open_images(save_images(tmp_path / name, 30, seed=seed)) for seed, name in enumerate("ab")]
+    ours, theirs = (np.stack([each[i][0] for i in range(30)]) for each in images)
+    np.savez(tmp_path / "samples.npz", arr_0=ours, arr_1=np.arange(30) % 2)
+    np.savez(tmp_path / "table.npz", pixels=theirs, fine=np.arange(30) % 2, coarse=np.zeros(30, int))
+    named = ["--reference", tmp_path / "table.npz", "--image", "pixels", "--label", "fine"]
+    told = " ".join(run("evaluate", tmp_path / "samples.npz", *named, *look, "--out", tmp_path / "out").split())
+    assert "samples.npz has no fine (--label), only arr_0, arr_1: its default is taken" in told
+    assert "samples.npz has no pixels (--image), only arr_0, arr_1: its default is taken" in told
+    assert "class_agreement" in figures(tmp_path / "out")
+
+
 def test_figures_of_no_scatter_have_bounds(sets, look, run, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     far = save_images(tmp_path / "far", 21, seed=1, mean=250)

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rae.commands.feature_folder import size_of
-from rae.commands.look import Features, Look, look_at, open_extractors, say, takes_columns
+from rae.commands.look import Features, Look, look_at, open_extractors, say
 from rae.commands.pictures import OutputError, check_file
 from rae.commands.reconstruct import write_reconstructions
 from rae.commands.reference import (
@@ -33,6 +33,7 @@ from rae.commands.reference import (
     role_of,
     shared_images,
 )
+from rae.commands.sides import read_sides
 from rae.commands.subject import Subject, is_pairs, open_subject
 from rae.config import ConfigError
 from rae.data.folders import without_images
@@ -174,23 +175,23 @@ def evaluate(
 
     Raises:
         ConfigError: no reference, or one that does not go with the subject; LPIPS of images that are no pairs; a column
-            that is named where neither side has any.
+            that neither side has.
         ReferenceError: a reference at another size, or by another extractor.
         OutputError: `out` holds something else; too few images for the metrics.
     """
     begun, data = time.perf_counter(), data.model_copy(update={"label": label})
-    _check_columns(subject, reference, data)
+    sides = read_sides(data, [subject, *([reference] if reference else [])])
     look = Look(open_extractors(features, inception, input_size), data, batch)
     if lpips and not is_pairs(subject):
         raise ConfigError(f"--lpips is of reconstructions and what they are of; {subject} gives none, leave it out.")
-    given = open_reference(reference, look) if reference else None
+    given = open_reference(reference, sides[-1], look) if reference else None
     distance = load_lpips(purpose="metric").to(process_state().device) if lpips else None
     if num is not None:
         _check_count(subject, num, LEAST_JUDGED)
     if given:
         count = given.features.about["images"] if given.features else len(given.images)
         _check_count(given.source, count, LEAST_JUDGED if is_pairs(subject) else LEAST_COMPARED)
-    judged = _prepare(subject, given, out, data=data, num=num, batch=batch, sample=sample)
+    judged = _prepare(subject, given, out, sides, num=num, batch=batch, sample=sample)
     _check_count(subject, len(judged.images), LEAST_JUDGED)
     if given:
         check_size(subject, size or size_of(judged.images, data.on_broken), given, data.on_broken)
@@ -230,15 +231,6 @@ def evaluate(
     return found
 
 
-def _check_columns(subject: str, reference: str | None, data: DataConfig) -> None:
-    """A column may be of either side (`open_side`), and must be of one."""
-    sides = [subject, *([reference] if reference else [])]
-    for option, column in (("--image", data.image), ("--label", data.label)):
-        if column and not any(map(takes_columns, sides)):
-            none = f"{subject} has none" if len(sides) == 1 else f"neither {subject} nor {reference} has any"
-            raise ConfigError(f"{option} {column} names a column, and {none}: leave it out.")
-
-
 def _check_count(source: str, count: int, least: int) -> None:
     if count < least:
         raise OutputError(f"{source}: {count} images are too few to be judged by; give at least {least}.")
@@ -248,13 +240,13 @@ def _prepare(
     subject: str,
     given: Reference | None,
     out: Path,
+    sides: Sequence[DataConfig],
     *,
-    data: DataConfig,
     num: int | None,
     batch: int,
     sample: Callable[[Path], None],
 ) -> Subject:
-    """The subject's images; those of a model are made first."""
+    """The subject's images; those of a model are made first. `sides`: how the subject and what is given are read."""
     kind, needed = saved_kind(subject), f"{subject}: say what its images are compared with: --reference IMAGES or FILE."
     if kind == "autoencoder":
         if given is None or given.images is None or given.moments:
@@ -263,15 +255,15 @@ def _prepare(
                 "which with --reference IMAGES."
             )
         _first(given.images, num)  # raises where there are fewer
-        of = data.model_copy(update={"source": given.source})
+        of = sides[-1].model_copy(update={"source": given.source})
         write_reconstructions(subject, of, out / "reconstructions", num=num, batch=batch, rounding="nearest")
-        return open_subject(str(out / "reconstructions"), data, None)
+        return open_subject(str(out / "reconstructions"), sides[0], None)
     if kind == "diffusion model":
         if given is None:
             raise ConfigError(needed)
         sample(out / "samples")
-        return open_subject(str(out / "samples"), data, None)
-    judged = open_subject(subject, data, num)
+        return open_subject(str(out / "samples"), sides[0], None)
+    judged = open_subject(subject, sides[0], num)
     if judged.originals is None and given is None:
         raise ConfigError(needed)
     if judged.originals is not None and given is not None:

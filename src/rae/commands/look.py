@@ -10,10 +10,10 @@ from rich.console import Console
 from rae.commands.feature_folder import read_features, size_of, write_features
 from rae.config import ConfigError
 from rae.data.image_set import Images
-from rae.data.images import DataConfig, has_columns, open_images
+from rae.data.images import DataConfig
 from rae.evaluation.features import Extractor, open_extractor
 from rae.evaluation.judge import INCEPTION
-from rae.evaluation.reference import FeatureSet, is_adm_reference
+from rae.evaluation.reference import FeatureSet
 from rae.processes import process_state
 
 CROPPED, WHOLE = "centre crop, as in training", "as they are"
@@ -41,17 +41,6 @@ class Features:
     about: dict[str, Any]
     sets: dict[str, FeatureSet]
     read: list[int]
-
-
-def open_side(source: str, data: DataConfig) -> Images:
-    """Images of one of two sources that are compared; columns are named where it has any, as the other one may."""
-    own = data if takes_columns(source) else data.model_copy(update={"image": None, "label": data.label and None})
-    return open_images(source, own.image, own.label)
-
-
-def takes_columns(source: str) -> bool:
-    """Whether --image and --label can be of a source; of the images beside ADM's moments nothing is asked."""
-    return has_columns(source) and not is_adm_reference(Path(source).expanduser())
 
 
 def look_at(

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from rae.commands.feature_folder import size_of
-from rae.commands.look import Features, Look, open_side
+from rae.commands.look import Features, Look
 from rae.config import parse
 from rae.data.image_set import ImageError, Images, digest
 from rae.data.images import DataConfig, open_images, split_images
@@ -44,8 +44,13 @@ class Reference:
     moments: dict[str, Gaussian] | None = None
 
 
-def open_reference(source: str, look: Look) -> Reference:
+def open_reference(source: str, data: DataConfig, look: Look) -> Reference:
     """Images to be looked at, or features from a file.
+
+    Args:
+        source: of either; or a reference of ADM's.
+        data: how images are read, their columns included.
+        look: by which extractors.
 
     Raises:
         ReferenceError: features by other extractors, moments without images, a damaged file.
@@ -64,7 +69,7 @@ def open_reference(source: str, look: Look) -> Reference:
                 "Give ADM's reference, the images that these are of, or a file that `rae reference` makes of them."
             ) from error
     if path.suffix != ".safetensors":
-        return Reference(source, images=open_side(source, look.data))
+        return Reference(source, images=open_images(source, data.image, data.label))
     about, sets = load_reference(path)
     for name, extractor in look.extractors.items():
         if name not in sets:

@@ -14,11 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rae.commands.look import open_side
 from rae.commands.pictures import OutputError, picture_name
 from rae.commands.sample_folder import PROTOCOL
 from rae.data.image_set import Images, digest, read_image
-from rae.data.images import DataConfig, subset
+from rae.data.images import DataConfig, open_images, subset
 from rae.folders import saved_kind
 
 RECONSTRUCTIONS, FIGURES = "reconstructions.json", "figures.json"  # what `rae reconstruct` was asked for, and found
@@ -63,7 +62,7 @@ def open_subject(source: str, data: DataConfig, num: int | None) -> Subject:
         kind, protocol = "reconstructions", _read(folder / RECONSTRUCTIONS)
         originals, images = _halves(folder)
     else:
-        kind, images = "images", open_side(source, data)
+        kind, images = "images", open_images(source, data.image, data.label)
         if (folder / PROTOCOL).is_file():
             kind, protocol = "samples", _read(folder / PROTOCOL)
             images = _labelled(images, protocol, folder)

@@ -26,6 +26,7 @@ REACH = (
     "mirror that can be reached, HF_HOME a cache that has it."
 )
 SKIP = "or have it skipped: --skip-broken, in a recipe data.on_broken: skip."
+WHOLE, SAVED = "Copy it again, whole.", "Save it again, or copy it whole."
 SAMPLED = 64  # rows whose content the identity covers; of the others it knows the size
 
 
@@ -40,21 +41,36 @@ def open_saved(folder: str, image: str | None, label: str | None) -> Images:
     if os.path.isfile(f"{folder}/dataset_dict.json"):
         parts = sorted(path.name for path in Path(folder).iterdir() if is_saved_dataset(str(path)))
         raise ImageError(f"{folder} holds {len(parts)} parts ({', '.join(parts)}): write which, {folder}/{parts[0]}.")
-    table = attempt(folder, "Save it again, or copy it whole.", datasets.load_from_disk, folder)
+    table = attempt(folder, SAVED, datasets.load_from_disk, folder)
     return _images(table, [f"{folder} row {row}" for row in range(len(table))], folder, image, label)
+
+
+def column_names(source: str, files: Sequence[Path]) -> list[str] | None:
+    """Columns of a table, of which no row is read; None = `open_saved` will tell what is wrong.
+
+    Args:
+        source: a folder of `Dataset.save_to_disk`, where there are no files; or what to call them.
+        files: Parquet or Arrow files, of which the first one is looked at.
+    """
+    datasets = import_datasets(source)
+    if not files:
+        found = attempt(source, SAVED, datasets.load_from_disk, source)
+        return list(found.features) if isinstance(found, datasets.Dataset) else None
+    if files[0].suffix == ".arrow":
+        return list(attempt(files[0], WHOLE, datasets.Dataset.from_file, str(files[0])).features)
+    return list(attempt(files[0], WHOLE, _parquet_shape, files[0])[1])
 
 
 def open_tables(files: Sequence[Path], image: str | None, label: str | None) -> Images:
     """Parquet or Arrow files, one after the other; `image` and `label` as in `open_images`."""
     where = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
     datasets = import_datasets(where)
-    remedy = "Copy it again, whole."
     if files[0].suffix == ".arrow":
-        parts = [attempt(file, remedy, datasets.Dataset.from_file, str(file)) for file in files]
+        parts = [attempt(file, WHOLE, datasets.Dataset.from_file, str(file)) for file in files]
         shapes = [(len(part), part.features) for part in parts]
         load = functools.partial(datasets.concatenate_datasets, parts)
     else:
-        shapes = [attempt(file, remedy, _parquet_shape, file) for file in files]
+        shapes = [attempt(file, WHOLE, _parquet_shape, file) for file in files]
         names = [glob.escape(os.path.abspath(file)) for file in files]
         load = functools.partial(datasets.load_dataset, "parquet", data_files=names, split="train")
     for file, (_, features) in zip(files, shapes):
@@ -62,7 +78,7 @@ def open_tables(files: Sequence[Path], image: str | None, label: str | None) -> 
     rows = [f"{file} row {row}" for file, (count, _) in zip(files, shapes) for row in range(count)]
     if not rows:
         raise ImageError(f"{where} has no rows.")
-    table = attempt(where, f"{remedy} {ROOM}", load)
+    table = attempt(where, f"{WHOLE} {ROOM}", load)
     return _images(table, rows, where, image, label)
 
 
