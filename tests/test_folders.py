@@ -69,6 +69,31 @@ def test_a_lock_that_its_holder_has_removed_meanwhile_holds_nothing(tmp_path, mo
         pytest.fail("held by a file that nobody else finds")
 
 
+@pytest.mark.parametrize("error", [FileExistsError, FileNotFoundError])
+def test_a_folder_that_another_process_takes_back_meanwhile_is_taken(tmp_path, monkeypatch, error):
+    folder = tmp_path / "new"
+
+    def fails(path, **_) -> None:
+        raise error(17, "raced", str(path))
+
+    def goes(path, **_) -> None:
+        """Made, and gone before there is a lock in it."""
+
+    for mkdir in (fails, goes):
+        monkeypatch.setattr(Path, "mkdir", mkdir)
+        with pytest.raises(ValueError, match=r"^taken$"), locked(folder, ValueError("taken")):
+            pytest.fail("held, and not there")
+
+
+def test_a_lock_is_no_file_nor_changes_one(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError), locked(tmp_path / "file", ValueError("taken")):
+        pytest.fail("held a file")
+    (tmp_path / ".lock").write_text("of another program")
+    with locked(tmp_path, ValueError("taken")):
+        assert (tmp_path / ".lock").read_text() == "of another program"
+
+
 @pytest.mark.parametrize("content", [b"half", None])
 def test_damaged_weights_are_to_be_copied_again(runs, tmp_path, content):
     for folder in (tmp_path / "copy", tmp_path / "dit/checkpoints/1/model"):

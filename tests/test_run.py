@@ -23,6 +23,7 @@ from rae.commands.doctor import machine
 from rae.data.images import DataConfig, ImageError, open_images
 from rae.processes import ProcessError, accelerator
 from rae.training import run as run_module
+from rae.training import run_folder
 from rae.training.checkpoint import save_training_state
 from rae.training.display import progress, time_left
 from rae.training.run import Run
@@ -105,6 +106,36 @@ def test_what_was_computed_or_is_anothers_stays(tmp_path, computed):
         refuse()
     left = {".lock", "recipe.yaml", computed, "other", "runs", "x"} if computed else {"runs", "other"}
     assert {path.name for path in tmp_path.rglob("*")} == left
+
+
+def test_what_is_in_a_folder_is_asked_once_nobody_else_changes_it(tmp_path, monkeypatch):
+    """Another start made a run of it between our first look and our lock."""
+    folder, locked = tmp_path / "run", run_folder.locked
+
+    def late(place: Path, taken: Exception):
+        place.mkdir(exist_ok=True)
+        (place / "recipe.yaml").write_text("of the other start")
+        return locked(place, taken)
+
+    monkeypatch.setattr(run_folder, "locked", late)
+    with pytest.raises(TrainingError, match="refused"), run_folder.claim(folder):
+        raise TrainingError("refused")
+    assert (folder / "recipe.yaml").read_text() == "of the other start"
+    (folder / "recipe.yaml").unlink()
+    (folder / "log.jsonl").touch()
+    with run_folder.claim(folder):
+        pass
+
+
+@pytest.mark.parametrize("there", [["thesis.tex"], ["thesis.tex", ".lock"]])
+def test_a_folder_of_something_else_stays_as_it_is(tmp_path, there):
+    for name in there:
+        (tmp_path / name).write_text(name)
+    with pytest.raises(TrainingError, match="holds files but no run"), run_folder.claim(tmp_path):
+        pytest.fail("claimed")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: name for name in there}
+    with pytest.raises(TrainingError, match="is a file; give a folder"), run_folder.claim(tmp_path / "thesis.tex"):
+        pytest.fail("claimed")
 
 
 def test_a_run_that_is_ended_before_its_first_step_stays(tmp_path):

@@ -216,10 +216,16 @@ def locked(folder: Path, taken: Exception) -> Iterator[None]:
 
     Args:
         folder: a file `.lock` is left in it.
-        taken: is raised where another process holds it.
+        taken: is raised where another process holds it, or takes back what it made of it meanwhile.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a")  # noqa: SIM115, `with` follows
+    except (FileNotFoundError, FileExistsError) as error:
+        if isinstance(error, FileExistsError) and os.path.lexists(error.filename) and not os.path.isdir(error.filename):
+            raise  # a file is in the way
+        raise taken from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

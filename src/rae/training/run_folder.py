@@ -43,13 +43,15 @@ class TrainingError(RuntimeError):
 @contextlib.contextmanager
 def claim(folder: Path) -> Iterator[None]:
     """Lock the run's folder, a new one or one of a run. An error before there is a log leaves nothing new behind."""
-    is_run = (folder / "recipe.yaml").exists()
-    before = set(folder.iterdir()) if folder.exists() else set()
-    if not is_run and any(not path.name.startswith(".") for path in before):
-        raise TrainingError(f"{folder} holds files but no run (no recipe.yaml); give a new folder.")
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    if folder.is_file():
+        raise TrainingError(f"{folder} is a file; give a folder.")
+    made = [path for path in (folder / ".lock", folder, *folder.parents) if not path.exists()]
     with locked(folder, TrainingError(f"another process is training in {folder}; end it or give another folder.")):
+        # Only now does nobody else change what is in it.
+        is_run, before = (folder / "recipe.yaml").exists(), set(folder.iterdir())
         try:
+            if not is_run and any(not path.name.startswith(".") for path in before):
+                raise TrainingError(f"{folder} holds files but no run (no recipe.yaml); give a new folder.")
             yield
         except Exception:
             if not is_run:
@@ -63,12 +65,12 @@ def _take_back(folder: Path, before: set[Path], made: list[Path]) -> None:
     Nothing is removed where there is more than that, or where another process has put something into a folder since.
     """
     new = set(folder.iterdir()) - before
-    if {path.name for path in new} <= {"recipe.yaml", ".lock"}:
+    if {path.name for path in new} <= {"recipe.yaml"}:
         for path in new:
             path.unlink()
         with contextlib.suppress(OSError):  # not empty
             for path in made:
-                path.rmdir()
+                path.rmdir() if path.is_dir() else path.unlink()
 
 
 def check_recipe(folder: Path, recipe: Config) -> None:
