@@ -67,18 +67,27 @@ def on_this_machine() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def is_busy(load: float, cores: int) -> bool:
+    """Whether other work leaves this process no core for itself.
+
+    Args:
+        load: processes that run or wait for a core, on average over a minute, before this one computes. Less than one
+            more than there are cores is what a command that has just ended leaves behind.
+        cores: of the machine.
+    """
+    return load >= cores + 1
+
+
 def busy_machine(load: float, cores: int, threads: int) -> str | None:
     """What to say of a machine whose other work leaves no cores for `threads` of torch; None where there is nothing.
 
     A step of several threads ends with the slowest of them, and the others spend their time on waiting for it.
 
     Args:
-        load: processes that run or wait for a core, on average over a minute, before this one computes. Less than one
-            more than there are cores is what a command that has just ended leaves behind.
-        cores: of the machine.
+        load, cores: as of `is_busy`.
         threads: of torch, in this process.
     """
-    if threads == 1 or load < cores + 1:
+    if threads == 1 or not is_busy(load, cores):
         return None
     return (
         f"the machine is busy with other work (load {load:.0f} on {cores} cores), and torch uses {threads} threads, "

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from rae.config import ConfigError
+from rae.processes import is_busy
 
 Precision = Literal["fp32", "tf32", "bf16"]  # tf32: convolutions of float32 numbers, as torch does them on GPUs
 HERE = "here"
@@ -81,7 +82,7 @@ def describe_machine(device: torch.device) -> str:
     if device.type == "cuda":
         return f"this machine's {torch.cuda.get_device_name(device)}"
     threads, load, cores = torch.get_num_threads(), os.getloadavg()[0], os.cpu_count()
-    busy = f", busy with other work (load {load:.0f} on {cores} cores)" if load > cores else ""
+    busy = f", busy with other work (load {load:.0f} on {cores} cores)" if is_busy(load, cores) else ""
     return f"this machine's CPU, {threads} thread{'s' * (threads > 1)}{busy}"
 
 
