@@ -454,6 +454,7 @@ def test_the_role_of_images_is_told_by_their_identity(tmp_path):
         file.unlink()
     assert role_of(str(tmp_path / "run"), by_file(held_out.parent / "c", None)) == "unknown"
     assert role_of(str(tmp_path), by_file(training, None)) == "unknown"  # no run
+    assert role_of(str(tmp_path / "run/other/model"), by_file(training, None)) == "unknown"  # no place that a run has
 
 
 def test_a_reference_of_adm_is_not_resized(encoder, tmp_path, refused, monkeypatch):

@@ -21,7 +21,7 @@ from rae.evaluation.reference import (
     load_reference,
     read_adm_reference,
 )
-from rae.folders import checkpoints
+from rae.folders import checkpoints, run_of
 from rae.training.checkpoint import read_state
 
 TRAINED, HELD_OUT, BOTH, UNKNOWN = "training images", "held-out images", "training and held-out images", "unknown"
@@ -150,8 +150,7 @@ def role_of(subject: str, reference: Reference) -> str:
     Returns:
         `TRAINED`, `HELD_OUT`, `BOTH`; or `UNKNOWN`: the subject is no run, or the images are others, or are not here.
     """
-    place = Path(subject).expanduser().resolve()  # a run, RUN/best, RUN/checkpoints/000512 or the model in it
-    run = next((path for path in (place, *place.parents[:3]) if (path / "recipe.yaml").is_file()), None)
+    run = run_of(Path(subject).expanduser().resolve())
     states = [at for each in checkpoints(run) if ((at := each / "train") / "state.json").is_file()] if run else []
     if not states:
         return UNKNOWN
