@@ -606,6 +606,11 @@ def test_a_copy_is_found_beside_its_original(remembering, encoder, tmp_path):
     new = make_samples(tmp_path / "new", noise(6, 16, 16, 3)[[0, 1, 3, 4, 5]])
     row = Report([new], tmp_path / "out", near(encoder, training, held_out)).row("very near: below")
     assert row == ["none, below 45 %\nof 5, with 95 % confidence"]
+    copies = make_samples(tmp_path / "copies", np.stack([noise(16, 16, 3, seed=seed) for seed in range(8000, 8005)]))
+    (told,) = Report([copies], tmp_path / "other", near(encoder, training, held_out)).row("very near: below")
+    share, chance = told.split("\nchance of as many: ")
+    assert share == "all, above 55 %\nof 5, with 95 % confidence"
+    assert float(chance) < 1e-6
 
 
 def test_what_was_learnt_by_heart_is_found_behind_the_decoder(remembering, runs, encoder, tmp_path):

@@ -247,9 +247,11 @@ def _table(figures: Mapping[str, Memorisation], distances: Mapping[str, Tensor])
 
 def _share(figure: Memorisation, count: int) -> str:
     value, error, bound = figure.share
-    if bound is not None:
-        return f"{written(*figure.share)}\nof {count:,}, with 95 % confidence"
-    return f"{value:.2%} ± {error:.2%}\nchance of as many: {figure.chance:.2g}"
+    if bound is None:
+        share = f"{value:.2%} ± {error:.2%}"
+    else:
+        share = f"{written(*figure.share)}\nof {count:,}, with 95 % confidence"
+    return share + f"\nchance of as many: {figure.chance:.2g}" * (value > 0)  # none or more: 1
 
 
 def _verdict(name: str, figure: Memorisation) -> str:
