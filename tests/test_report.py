@@ -215,3 +215,7 @@ def test_a_logarithmic_axis_of_dots():
     assert {"50", "100", "150"} <= set(labels[0])
     assert {"2", "5", "10", "20", "50", "100", "200"} <= set(labels[1])
     assert "150" not in labels[1]
+    far = dots(values | {"c": (50_000.0, None)}, "FD", "lower is better", log=True).html  # labels would overlap
+    labels = re.findall(r"<text[^>]*>([\d.]+)</text>", far)
+    assert {"10", "100", "1000", "10000"} <= set(labels)
+    assert not {"2", "20", "50", "500", "2000"} & set(labels)

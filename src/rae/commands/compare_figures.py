@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 from rae.commands.compare_read import Compared, Evaluation, Judged, made_by
 from rae.commands.compare_runs import recipes
 from rae.commands.reference import UNKNOWN
-from rae.evaluation.report import Piece, beside, dots, heading, note, paragraph, table
+from rae.evaluation.report import WIDE, Piece, beside, dots, heading, note, paragraph, table
 from rae.evaluation.uncertainty import BOUNDS, written
 
-WIDE = 5  # times the smallest value
 DIFFERENT = 2  # standard errors of a difference, beyond which it is called one
 ARROWS = {"lower": "\N{NO-BREAK SPACE}↓", "higher": "\N{NO-BREAK SPACE}↑"}  # behind a title, never below it
 HOW = (

@@ -10,7 +10,7 @@ import numpy as np
 
 from rae.commands.compare_read import Compared, RunFiles
 from rae.commands.pictures import OutputError, read_picture
-from rae.evaluation.report import Piece, beside, code, curves, folded, heading, note, paragraph, sheet, table
+from rae.evaluation.report import WIDE, Piece, beside, code, curves, folded, heading, note, paragraph, sheet, table
 
 # figure of the log => title, unit; in this order, and other held-out figures behind the known ones
 FIGURES = {
@@ -28,7 +28,6 @@ FIGURES = {
 UNITS = {"dB", "images/s"}  # that are not the figure's name again
 HIGHER = {"held_out_psnr", "held_out_ssim"}  # are better when higher
 WIDTH = 896  # of a sheet on the screen, in pixels
-WIDE = 10  # times the smallest value: a loss or distance that spans more is drawn on a logarithmic axis
 ABSENT = object()
 # figures of the log => beginnings of the keys that decide what they are of
 _DATA = ("data.source", "data.image", "encoder.image_size", "rae", "flow.")

@@ -8,6 +8,7 @@ import base64
 import html
 import io
 import itertools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -22,6 +23,7 @@ _INK = "#010203"  # drawn by matplotlib, then replaced by the colour of the page
 # readable on white and on black; lines beyond the eighth are dashed
 _COLOURS = ("#c8553d", "#3d7ea6", "#6a994e", "#9a6fb0", "#c58b1b", "#2a9d8f", "#8d6e63", "#d1699e")
 _LINES = ("-", "--", ":", "-.")
+WIDE = 10  # times the smallest value: what spans more is drawn on a logarithmic axis, where it may be
 _LEGIBLE, _STRIP = 52, 416  # pixels: least width of an image with text about it, of a picture of many images
 
 _STYLE = """
@@ -324,17 +326,19 @@ def dots(values: Mapping[str, tuple[float, float | None] | None], title: str, x:
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.set_xlabel(x)
         if log:
-            _logarithmic(axes.xaxis)
+            finite = [value for value, _ in shown.values() if math.isfinite(value)]
+            # side by side, the labels of more than two decades would run into each other
+            _logarithmic(axes.xaxis, (1,) if max(finite) > 100 * min(finite) else (1, 2, 5))
 
     return _plot(draw, title, 0.9 + 0.28 * len(shown))
 
 
-def _logarithmic(axis) -> None:
-    """Make an axis logarithmic, with ticks at 1, 2, 5, 10, ... in plain numbers."""
+def _logarithmic(axis, subs: Sequence[int] = (1, 2, 5)) -> None:
+    """Make an axis logarithmic, with ticks at `subs` of each decade in plain numbers."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 
