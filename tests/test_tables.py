@@ -174,8 +174,10 @@ def test_bytes_that_do_not_say_that_they_are_images(tmp_path, shape):
     two = Dataset.from_dict({"jpg": values, "mask": values}, Features(jpg=kind, mask=kind))
     with pytest.raises(ImageError, match=r"2 columns of images \(jpg, mask\), of the columns jpg, mask: name the one"):
         open_images(parquet(two, tmp_path / "two.parquet"))
-    typed = Dataset.from_dict({"jpg": values, "image": values}, Features(jpg=kind, image=Image()))
-    assert open_images(parquet(typed, tmp_path / "typed.parquet"))  # a type that says so goes first
+    others = [{"bytes": png(s), "path": None} for s in (5, 6)]
+    typed = Dataset.from_dict({"jpg": values, "image": others}, Features(jpg=kind, image=Image()))
+    typed = open_images(parquet(typed, tmp_path / "typed.parquet"))  # a type that says so goes first
+    np.testing.assert_array_equal(typed[1][0], picture(6))
     none = Dataset.from_dict({"label": [1, 2]})
     with pytest.raises(ImageError, match=r"0 columns of images, of the columns label: .* a struct with bytes\)"):
         open_images(parquet(none, tmp_path / "none.parquet"))
