@@ -149,7 +149,7 @@ def memory(
         found = decoder_memory(recipe, subject.space.decoder, subject.parts, size, micro=micro, recompute=recompute)
     else:
         found = dit_memory(recipe, subject.model.network, subject.parts, size, micro=micro, recompute=recompute)
-    return {what: round(size) for what, size in found.items()}
+    return {what: round(count) for what, count in found.items()}
 
 
 def latent_bytes(subject: Subject) -> dict[str, int]:

@@ -86,8 +86,8 @@ def memorisation(samples: Tensor, held_out: Tensor) -> Memorisation:
         share  of s < near; j / (m + 1) are expected, whatever the distribution, if s and h have the same one
 
     The number of samples below the j-th smallest of m others of the same distribution is beta-binomial, with n, j and
-    m + 1 - j: hence `chance`, exactly. The error of the share is by bootstrap of both sets; of
-    none or all of the s there is a bound in its place.
+    m + 1 - j: hence `chance`, exactly. The error of the share is by bootstrap of both sets; of none or all of the s
+    there is a bound in its place.
 
     Args:
         samples: s [n], n > 1.
