@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rae.sources import MODEL_REMEDIES, SourceError, fetch_hub, source_of
 
-_MODEL_OF_RUN = re.compile(r"\.|best|latest|(checkpoints|kept)/\d+(/model(/.*)?)?")  # as seen from the run
+_MODEL_OF_RUN = re.compile(r"\.|best|latest|(checkpoints|kept)/\d+(/model[^/]*(/.*)?)?")  # as seen from the run
 
 
 def find_folder(folder_or_hub_id: str | Path, what: str) -> Path:
@@ -77,7 +77,7 @@ def _what_there_is(path: Path, what: str) -> str:
 def run_of(path: Path) -> Path | None:
     """The folder of the run that `path` is, or is a model of; None if there is none.
 
-    A model is at run/best, run/latest, run/checkpoints/N or run/kept/N, and in the folder `model` of these two. A run
+    A model is at run/best, run/latest, run/checkpoints/N or run/kept/N, and in the folders `model` of these two. A run
     further up has nothing to do with it: recipe.yaml lies in many a folder of projects.
     """
     for place in (path, *path.parents):
