@@ -139,7 +139,15 @@ def test_a_recipe_further_up_makes_no_run_of_a_folder(tmp_path, name, relative, 
     assert run_of(run / name) is None
     with pytest.raises(SourceError, match=r"A run of `rae train-dit` makes a diffusion model\.$"):
         find_folder(run / name / "nix", "a diffusion model")
-    for place in ("", "best", "latest", "kept/1", "checkpoints/48/model", "kept/1/model-ema0.99", "kept/1/model/encoder"):
+    for place in (
+        "",
+        "best",
+        "latest",
+        "kept/1",
+        "checkpoints/48/model",
+        "kept/1/model-ema0.99",
+        "kept/1/model/encoder",
+    ):
         assert run_of(run / place) == run
 
 

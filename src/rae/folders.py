@@ -77,7 +77,7 @@ def _what_there_is(path: Path, what: str) -> str:
 def run_of(path: Path) -> Path | None:
     """The folder of the run that `path` is, or is a model of; None if there is none.
 
-    A model is at run/best, run/latest, run/checkpoints/N or run/kept/N, and in the folders `model` of these two. A run
+    A model is at run/best, run/latest, run/checkpoints/N or run/kept/N, and in the folders `model` of both. A run
     further up has nothing to do with it: recipe.yaml lies in many a folder of projects.
     """
     for place in (path, *path.parents):
