@@ -97,7 +97,9 @@ def test_another_process_may_be_faster(file, tmp_path, monkeypatch):
         write_dino(tensors, tmp_path / "cache/dino", **settings)
 
     monkeypatch.setattr(pretrained, "write_dino", write)
-    load_encoder(open_dino(file, tmp_path / "cache/dino"), image_size=16, input_size=16)
+    folder = open_dino(file, tmp_path / "cache/dino")
+    assert load_encoder(folder, image_size=16, input_size=16).config.image_size == (16, 16)
+    assert [path.name for path in folder.parent.iterdir()] == ["dino"]  # nothing of the slower one is left
 
 
 def test_another_file_than_dino_s_is_refused(file, tmp_path):

@@ -22,7 +22,7 @@ from rae.commands.reference import UNKNOWN
 from rae.commands.sample_folder import PROTOCOL
 from rae.commands.subject import FIGURES
 from rae.evaluation.report import ReportError
-from rae.training.run_folder import _flatten, read_log
+from rae.training.run_folder import flatten, read_log
 
 EVALUATION = "evaluation.json"
 # of a protocol: what stands elsewhere, is too long, or is of the source rather than of how pictures were made
@@ -168,7 +168,7 @@ def read_all(folders: Sequence[Path]) -> list[Compared]:
 
 def made_by(protocol: Mapping[str, Any]) -> dict[str, Any]:
     """How pictures were made, by dotted keys, without what is long or said elsewhere; checksums are cut short."""
-    flat = _flatten({key: value for key, value in protocol.items() if key not in ELSEWHERE})
+    flat = flatten({key: value for key, value in protocol.items() if key not in ELSEWHERE})
     return {key: value[:12] if re.fullmatch("[0-9a-f]{64}", str(value)) else value for key, value in flat.items()}
 
 
@@ -230,7 +230,7 @@ def _read_run(folder: Path) -> RunFiles:
     if cut:
         doubts.append("log.jsonl ends in half a line, as while it is written or after a process was killed")
     sheets = sorted((folder / "samples").glob("[0-9]*.png"))
-    return RunFiles(2 if "network" in recipe else 1, _flatten(recipe), lines, doubts, sheets)
+    return RunFiles(2 if "network" in recipe else 1, flatten(recipe), lines, doubts, sheets)
 
 
 def _read_pictures(folders: Sequence[Path], name: str) -> Pictures | None:

@@ -34,7 +34,7 @@ from rae.training.dit_recipe import DiTRecipe
 from rae.training.durations import start_warning
 from rae.training.objective import PATIENCE
 from rae.training.optim import ema_warning
-from rae.training.run_folder import _flatten, log_damage, size
+from rae.training.run_folder import flatten, log_damage, size
 
 LOSS_ROSE, DISTANCE_ROSE = 1.05, 1.2  # what chooses `best`, in stage 2 and in stage 1, over the lowest that it was
 RISEN, EXPLODED, SLOWED = 1.3, 10, 0.5  # median of the log's last fifth, over that of the lowest fifth, of all, of all
@@ -262,7 +262,7 @@ def check_warnings(run: RunRecord) -> Iterator[str]:
 
 def check_starts(run: RunRecord) -> Iterator[str]:
     """Terms of stage 1 whose start, in images, the newest intact checkpoint knows."""
-    keys = _flatten(run.recipe.model_dump())
+    keys = flatten(run.recipe.model_dump())
     for key, start in run.state["starts"].items() if run.state and run.total else ():
         if start >= run.total:
             yield start_warning(key, keys[key], run.recipe.run.duration)

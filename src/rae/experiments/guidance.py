@@ -84,7 +84,7 @@ def figures(results: Results) -> list[Piece]:
 
     titles = {"fd_dino": DINO, "fd_net": NET, "agreement": "read as asked"}
     return [
-        curves({kind: by_scale(kind, number) for kind in KINDS}, f"Guidance: {number}", "scale", title)
+        curves({kind: by_scale(kind, number) for kind in KINDS}, f"{title}, by the scale of guidance", "scale", title)
         for number, title in titles.items()
     ]
 

@@ -52,7 +52,7 @@ def figures(results: Results) -> list[Piece]:
     return [
         curves(
             {f"{kind}, {law}": by_tau(law, f"{fd}_{name}") for kind, fd in kinds.items() for law in LAWS},
-            f"Distance by the decoder's noise: {name}",
+            f"{axis}, by the noise that decoders were trained on",
             "tau",
             axis,
         )

@@ -75,9 +75,9 @@ def _take_back(folder: Path, before: set[Path], made: list[Path]) -> None:
 
 def check_recipe(folder: Path, recipe: Config) -> None:
     """Refuse to go on from a checkpoint with another recipe, except for what is `FREE`."""
-    path, asked = folder / "recipe.yaml", _flatten(recipe.model_dump(mode="json"))
+    path, asked = folder / "recipe.yaml", flatten(recipe.model_dump(mode="json"))
     if path.exists() and checkpoints(folder):
-        begun = _flatten(load_recipe(type(recipe), path).model_dump(mode="json"))
+        begun = flatten(load_recipe(type(recipe), path).model_dump(mode="json"))
         changed = [key for key in asked.keys() | begun.keys() if asked.get(key) != begun.get(key) and key not in FREE]
         if changed:
             lines = "\n".join(f"  {key}: {begun.get(key)!r} -> {asked.get(key)!r}" for key in sorted(changed))
@@ -195,8 +195,9 @@ def size(path: Path) -> str:
     return decimal(sum(file.stat().st_size for file in files))
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"run": {"batch": 8}} -> {"run.batch": 8}."""
     flat = {}
     for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
