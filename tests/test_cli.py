@@ -48,6 +48,12 @@ def test_help_is_the_one_checked_in():
     assert (ROOT / "docs/help.txt").read_text() == help_text(), "run: make help"
 
 
+def test_no_line_of_the_list_of_commands_is_cut():
+    listed = CliRunner().invoke(rae.cli.rae, ["--help"], terminal_width=80).output.partition("Commands:\n")[2]
+    assert [line.split()[0] for line in listed.splitlines()] == [*rae.cli.rae.commands]
+    assert "..." not in listed
+
+
 def test_help_imports_nothing_heavy():
     heavy = ("torch", "transformers", "accelerate", "numpy", "pydantic", "rich", "PIL")
     code = f"import sys, rae, rae.cli; print([name for name in {heavy} if name in sys.modules])"

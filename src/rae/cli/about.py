@@ -22,7 +22,7 @@ def demo(out: Path, photos: Path | None, quick: bool) -> None:
 
 @click.command()
 def encoders() -> None:
-    """List the encoders known by name, and which of them are on this machine."""
+    """List the encoders known by name, and which are here."""
     from rae.commands.doctor import print_encoders
 
     print_encoders()
@@ -58,9 +58,10 @@ def doctor(context: click.Context, run: Path | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON list, in place of tables.")
 @click.option("--published", is_flag=True, help="The paper's GFLOPs beside ours, and by which convention.")
 def flops(subjects: tuple[str, ...], published: bool, **settings) -> None:
-    """What networks cost, and what training them would: operations, parameters, hours, memory, money.
+    """Count what networks cost, and what training them would.
 
-    SUBJECTS are recipes, runs or saved models; KEY=VALUE changes all of the recipes. Nothing is downloaded or trained.
+    In operations, parameters, memory, hours and money. SUBJECTS are recipes, runs or saved models; KEY=VALUE changes
+    all of the recipes. Nothing is downloaded or trained.
     """
     from rae.commands.cost import print_cost, print_published
 
@@ -99,7 +100,7 @@ def experiment(
     work: Path | None,
     changes: tuple[str, ...],
 ) -> None:
-    """Ask the paper a question in small: run the study NAME, and write its page.
+    """Ask the paper a question in small: run the study NAME.
 
     `rae experiment list` says what there is. A study is declared before it runs: its question, protocol and how its
     rows decide are printed first. The same command again goes on where it was stopped; results/NAME.jsonl keeps a line

@@ -23,11 +23,12 @@ from rae.cli.options import (
 @click.option("--keep", default=10_000, show_default=True, type=click.IntRange(10), help="Images whose features stay.")
 @judging_options
 def reference(images: str, out: Path, image, workers: int, enlarge: bool, skip_broken: bool, **settings) -> None:
-    """What real IMAGES are, once for many evaluations: `rae evaluate ... --reference OUT`.
+    """Measure what real IMAGES are, once for many evaluations.
 
-    OUT holds mean and covariance of the features of all images, the features of --keep of them, for the metrics that
-    compare images one by one, and of which images, at what size and by which network it is. The same command again goes
-    on where it was interrupted; `torchrun --nproc_per_node 2 -m rae.cli -- reference ...` shares the images.
+    They take it as `rae evaluate ... --reference OUT`. OUT holds mean and covariance of the features of all images, the
+    features of --keep of them, for the metrics that compare images one by one, and of which images, at what size and by
+    which network it is. The same command again goes on where it was interrupted; `torchrun --nproc_per_node 2 -m
+    rae.cli -- reference ...` shares the images.
     """
     from rae.commands.evaluate import write_reference
 
@@ -101,10 +102,11 @@ def evaluate(
 def probe(
     images: str, latents, test: str, out: Path, label, image, workers: int, enlarge: bool, skip_broken: bool, **settings
 ) -> None:
-    """Linear probe and nearest neighbours: what do LATENTS know of the classes of IMAGES (Table 1d)?
+    """Ask what LATENTS know of the classes of IMAGES.
 
-    LATENTS are encoders by name, hub id or folder; saved autoencoders; pixels@SIZE or sd-vae:WEIGHTS@SIZE: as many as
-    are to be compared. Features are kept in OUT, for other settings.
+    By a linear probe and nearest neighbours, as in Table 1d. LATENTS are encoders by name, hub id or folder; saved
+    autoencoders; pixels@SIZE or sd-vae:WEIGHTS@SIZE: as many as are to be compared. Features are kept in OUT, for other
+    settings.
     """
     from rae.commands.probe import write_probe
 
@@ -135,10 +137,11 @@ def report(
     batch: int,
     **reading,
 ) -> None:
-    """Compare runs, samples, reconstructions and evaluations: one page of HTML, and the same as markdown.
+    """Compare runs, samples, reconstructions and evaluations.
 
-    FOLDERS are of train-decoder, train-dit, sample, reconstruct or evaluate, in any mixture; differences are to the
-    first. With --nearest: are samples copies of training images? They are compared with real images that are none.
+    On one page of HTML, and the same as markdown. FOLDERS are of train-decoder, train-dit, sample, reconstruct or
+    evaluate, in any mixture; differences are to the first. With --nearest: are samples copies of training images? They
+    are compared with real images that are none.
     """
     from rae.commands.compare import write_report
     from rae.commands.compare_nearest import Nearest

@@ -16,7 +16,7 @@ from rae.cli.options import ROUNDING, Size, check_sampling, image_data, images_o
 @click.option("--skip-broken", is_flag=True, help="Name the images that cannot be read, and leave them out.")
 @images_options
 def stats(encoder: str, images: str, image_size, input_size, out: Path, batch: int, **reading) -> None:
-    """Exact mean and variance of an ENCODER's latents over IMAGES.
+    """Measure mean and variance of an ENCODER's latents, exactly.
 
     ENCODER is a name (`rae encoders`), a hub id or a folder; or a run of train-decoder or another saved autoencoder,
     for its encoder. IMAGES is a folder of images, of .parquet, .arrow or .tar files, one file, hf:OWNER/NAME, `digits`
@@ -39,10 +39,10 @@ def stats(encoder: str, images: str, image_size, input_size, out: Path, batch: i
 def reconstruct(
     model: str, images: str, out: Path, num: int | None, noise: float, batch: int, rounding, **reading
 ) -> None:
-    """IMAGES beside what an autoencoder makes of them, with PSNR and SSIM.
+    """Show IMAGES beside what an autoencoder makes of them.
 
-    MODEL is a run of train-decoder, a folder of `rae convert` or a hub id. IMAGES is a folder of images, of .parquet,
-    .arrow or .tar files, one file, hf:OWNER/NAME, `digits` or `photographs`.
+    With PSNR and SSIM. MODEL is a run of train-decoder, a folder of `rae convert` or a hub id. IMAGES is a folder of
+    images, of .parquet, .arrow or .tar files, one file, hf:OWNER/NAME, `digits` or `photographs`.
 
     The same command again goes on where it was interrupted. With --noise, images show how well a decoder bears latents
     that are not quite right, as a diffusion model's are.

@@ -34,7 +34,7 @@ def convert(file: Path, out: Path, **settings) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.pass_context
 def verify(context: click.Context, folder: Path) -> None:
-    """Run every reference case in FOLDER and print its largest error.
+    """Run the reference cases in FOLDER and print their errors.
 
     Exit status: 0 all passed, 1 one broke or is past its tolerance, 2 there is nothing to verify.
     """

@@ -24,7 +24,7 @@ def train_decoder(recipe: Path, overrides: tuple[str, ...], out: Path) -> None:
 @click.command("train-dit")
 @recipe_options
 def train_dit(recipe: Path, overrides: tuple[str, ...], out: Path) -> None:
-    """Stage 2: train a diffusion transformer in the latents of an autoencoder.
+    """Stage 2: train a diffusion transformer on latents.
 
     RECIPE is a YAML file; KEY=VALUE changes one of its keys, as in network.size=S. The same command again goes on with
     an interrupted run, to the same bits.
@@ -44,11 +44,11 @@ def train_dit(recipe: Path, overrides: tuple[str, ...], out: Path) -> None:
 @click.option("--batch", default=32, show_default=True, type=click.IntRange(1), help="Images at a time.")
 @click.option("--verify", is_flag=True, help="Compare the SHA-256 of shards that are there; write damaged ones anew.")
 def cache(recipe: Path, overrides: tuple[str, ...], **settings) -> None:
-    """Write the latents of a recipe's training images, which train-dit then reads: latents=FOLDER.
+    """Write the latents of a recipe's training images.
 
-    RECIPE is one of stage 2; its `rae` and `data` say what is encoded, mirrored as well where `data.flip`. The same
-    command again goes on where it was interrupted. `torchrun --nproc_per_node 2 -m rae.cli -- cache ...` shares the
-    images between two processes.
+    `rae train-dit RECIPE latents=FOLDER` then reads them. RECIPE is one of stage 2; its `rae` and `data` say what is
+    encoded, mirrored as well where `data.flip`. The same command again goes on where it was interrupted. `torchrun
+    --nproc_per_node 2 -m rae.cli -- cache ...` shares the images between two processes.
     """
     from rae.commands.cache import write_cache
     from rae.config import load_recipe
