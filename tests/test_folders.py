@@ -11,7 +11,7 @@ import pytest
 from tiny import png
 
 from rae import DiffusionModel, folders
-from rae.folders import aside, find_folder, locked, run_of, saved_kind
+from rae.folders import aside, check_outside, find_folder, locked, run_of, saved_kind
 from rae.sources import SourceError
 
 
@@ -167,6 +167,26 @@ def test_a_pointer_to_a_checkpoint_that_is_gone_is_named(tmp_path, pointer):
     (run / "checkpoints/000000016").rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match=r"which is not there; it has none\. See `rae doctor"):
         find_folder(asked, "a model")
+
+
+@pytest.mark.parametrize("out", ["photos", "photos/out", "photos/cat/out/x.png", "link/out", "photos/../photos/out"])
+def test_nothing_is_written_into_a_folder_of_images(tmp_path, out, monkeypatch):
+    (tmp_path / "photos/cat").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("photos")
+    monkeypatch.chdir(tmp_path / "photos")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for source in (tmp_path / "photos", tmp_path / "link", "~/photos", "."):
+        with pytest.raises(ValueError, match=r"--out .* is inside .*; give an --out beside it\."):
+            check_outside(tmp_path / out, source)
+
+
+def test_beside_a_folder_of_images_anything_may_be_written(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "digits.npz").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    for source in ("photos", "digits", "digits.npz", "photos/*.parquet", "hf:owner/name"):
+        for out in (".", "out", "photos2", "photos/../out", "digits.npz.out"):
+            check_outside(Path(out), source)
 
 
 # --- a model by any of its names

@@ -188,6 +188,24 @@ def sha256(path: Path) -> str:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
+def check_outside(out: Path, source: str | Path) -> None:
+    """Refuse to write into a folder of images that is read: it would hold other images, or classes, from then on.
+
+    Args:
+        out: a file or folder to be written.
+        source: of images, whatever its form; one that is no folder has no inside.
+
+    Raises:
+        ValueError: `out` is that folder, or in it.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir() and out.expanduser().resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"--out {out} is inside {folder}, where what is written would be taken for its images; give an --out "
+            "beside it."
+        )
+
+
 @contextlib.contextmanager
 def aside(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """A hidden file beside `path` to write to, which takes its place at the end: whole, or not there.
