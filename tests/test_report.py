@@ -137,6 +137,15 @@ def test_dots_name_what_they_are_of_and_draw_an_error_where_there_is_one():
     assert plot.count("LineCollection") == 1
 
 
+def test_any_name_is_drawn_as_it_is():
+    names = ["_base", "a$_$", r"a$\foo$", r"b\$c", "$"]
+    lines = curves({name: ([0, 1], [0, i]) for i, name in enumerate(names)}, "$_$", "x$^$", "$y$").html
+    ends = dots({name: (1.0 + i, 0.5) for i, name in enumerate(names)}, "$_$", "x$^$").html
+    for plot in (lines, ends):
+        drawn = {text.lstrip("\N{ZERO WIDTH SPACE}") for text in re.findall(r"<text[^>]*>([^<]*)</text>", plot)}
+        assert {*names, "$_$", "x$^$"} <= drawn
+
+
 def test_plots_say_what_is_missing(monkeypatch):
     check_plots()
     monkeypatch.setitem(sys.modules, "matplotlib", None)

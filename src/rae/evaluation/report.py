@@ -293,7 +293,8 @@ def curves(
         for (name, (xs, ys)), (line, colour) in zip(series.items(), itertools.cycle(styles)):
             if len(xs):
                 marker = "o" if len(xs) < 30 else ""
-                axes.plot(xs, ys, line, label=name, color=colour, linewidth=1.6, marker=marker, markersize=3)
+                label = f"\N{ZERO WIDTH SPACE}{name}" if name[:1] == "_" else name  # or it is left out of the legend
+                axes.plot(xs, ys, line, label=label, color=colour, linewidth=1.6, marker=marker, markersize=3)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         if max((x for xs, _ in series.values() for x in xs), default=0) >= 10_000:
@@ -349,6 +350,7 @@ def _plot(draw: Callable, title: str, height: float) -> Piece:
 
     colours = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
     style = {"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif", "font.size": 10}
+    style["text.parse_math"] = False  # a name with $ in it is no formula
     file = io.StringIO()
     with matplotlib.rc_context(colours | style):
         plot = Plot(figsize=(5, height), layout="constrained")
