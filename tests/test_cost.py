@@ -271,6 +271,13 @@ def test_several_recipes_and_overrides(capsys):
     assert all(math.isfinite(report["training"]["flops"]) for report in found)
 
 
+def test_a_path_with_an_equals_sign_is_no_override(runs, capsys, monkeypatch, tmp_path):
+    (tmp_path / "lr=1e-3").symlink_to(runs / "dit")
+    monkeypatch.chdir(tmp_path)
+    found = told(capsys, "lr=1e-3", "run.batch=16")
+    assert (found["name"], found["training"]["batch"]) == ("lr=1e-3", 16)
+
+
 @pytest.mark.parametrize(
     ("names", "settings", "message"),
     [

@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ def print_cost(
     """`rae flops`: print, or with `as_json` write to standard output as one list, what each recipe costs.
 
     Args:
-        names: recipes, runs or saved models; and KEY=VALUE, which change all the recipes.
+        names: recipes, runs or saved models; and KEY=VALUE, which change all the recipes. What is there by its very
+            name is no KEY=VALUE, whatever characters are in it.
         device: a row of `DEVICES`, "here", or None: no hours.
         devices: how many of it share a step.
         share: of the data sheet's peak; None = `SHARE`.
@@ -70,7 +72,8 @@ def print_cost(
         ConfigError: see `open_subject`; an unknown device; options that do not go together.
         SourceError: an encoder whose shape cannot be told.
     """
-    overrides, recipes = [n for n in names if "=" in n], [n for n in names if "=" not in n]
+    recipes = [name for name in names if "=" not in name or Path(name).expanduser().exists()]
+    overrides = [name for name in names if name not in recipes]
     if not recipes:
         raise ConfigError(f"{' '.join(overrides)} changes a recipe; name one in front of it.")
     if device is None and (price is not None or share is not None or devices > 1):
