@@ -49,7 +49,7 @@ def open_subject(source: str, data: DataConfig, num: int | None) -> Subject:
 
     Args:
         source: a folder of `rae sample` or `rae reconstruct`, or whatever `open_images` reads.
-        data: how they are read.
+        data: how they are read; with a label of "" their classes are left alone, those of samples as well.
         num: the first so many; None = all.
 
     Raises:
@@ -65,7 +65,7 @@ def open_subject(source: str, data: DataConfig, num: int | None) -> Subject:
         kind, images = "images", open_images(source, data.image, data.label)
         if (folder / PROTOCOL).is_file():
             kind, protocol = "samples", _read(folder / PROTOCOL)
-            images = _labelled(images, protocol, folder)
+            images = images if data.label == "" else _labelled(images, protocol, folder)
     if num is not None and num > len(images):
         raise OutputError(f"{source} holds {len(images):,} images, {num:,} are asked for; make more, or ask for fewer.")
     if num is not None:

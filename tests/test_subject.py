@@ -1,0 +1,22 @@
+"""What is judged, as it lies on the disk: samples and the classes that they were made of."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rae.commands.subject import open_subject
+from rae.data.images import DataConfig
+
+
+@pytest.mark.parametrize(("label", "names"), [(None, ["cat", "dog"]), ("", None)])
+def test_classes_of_samples_are_left_alone_where_that_is_asked_for(tmp_path, label, names):
+    for i in range(3):
+        Image.fromarray(np.full((4, 4, 3), i, np.uint8)).save(tmp_path / f"{i:06d}.png")
+    (tmp_path / "samples.json").write_text(json.dumps({"labels": [1, 0, 1], "class_names": ["cat", "dog"]}))
+    subject = open_subject(str(tmp_path), DataConfig(source="", label=label), None)
+    assert subject.kind == "samples"
+    assert subject.images.class_names == names
+    assert subject.images.labels == ([1, 0, 1] if names else [0, 0, 0])
+    assert subject.protocol["labels"] == [1, 0, 1]
