@@ -1,8 +1,10 @@
 """`rae probe`: the optimum of the linear probe, votes of neighbours, splits, figures; the command on tiny latents."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +14,12 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
+from rae.commands import probe_features
 from rae.commands.pictures import OutputError
 from rae.commands.probe import write_probe
 from rae.config import ConfigError
 from rae.data.image_set import ImageError
-from rae.data.images import DataConfig
+from rae.data.images import DataConfig, open_images
 from rae.evaluation.probe import (
     choose_decay,
     fit_path,
@@ -174,7 +177,7 @@ def sets(tmp_path_factory) -> tuple[str, str]:
 
 def probe(source: str, test: str | float, out, names=("pixels@8",), **settings) -> dict:
     settings = {"pools": ("none",), "neighbours": 5} | settings
-    return write_probe(list(names), DataConfig(source=source, enlarge=True), test, out, **settings)
+    return write_probe(list(names), DataConfig(source=source, enlarge=True), test, Path(out), **settings)
 
 
 def figures(found: dict) -> list:
@@ -217,6 +220,58 @@ def test_figures_depend_neither_on_batch_nor_on_order(sets, encoder, tmp_path):
         assert found["rows"][0]["linear"]["loss"] == pytest.approx(one["rows"][0]["linear"]["loss"], rel=1e-5)
 
 
+def test_all_that_is_missing_is_read_by_one_loader(sets, tmp_path, monkeypatch):
+    """Processes that decode are started once, and a chunk that is there is not read again."""
+    monkeypatch.setattr(probe_features, "CHUNK", 16)
+    made, real = [], probe_features.loader
+    monkeypatch.setattr(probe_features, "loader", lambda *settings: made.append(settings[1]) or real(*settings))
+    settings = {"batch": 6, "pools": ("none", "mean")}
+    first = probe(sets[0], 0.25, tmp_path, **settings)
+    files = sorted(tmp_path.glob("features/*/*.safetensors"))
+    assert len(files) == 8
+    for chunk in (1, 3):  # 16 to 31, 48 to 59
+        files[chunk].unlink()
+    assert figures(probe(sets[0], 0.25, tmp_path, **settings)) == figures(first)
+    parts = [range(16, 22), range(22, 28), range(28, 32), range(48, 54), range(54, 60)]
+    assert made == [[part for k in range(0, 60, 16) for part in split(k, min(k + 16, 60), 6)], parts]
+
+
+def split(start: int, stop: int, batch: int) -> list[range]:
+    return [range(at, min(at + batch, stop)) for at in range(start, stop, batch)]
+
+
+def test_images_that_cannot_be_read_are_left_out_of_their_chunk(sets, tmp_path, monkeypatch):
+    monkeypatch.setattr(probe_features, "CHUNK", 16)
+    images = Path(write_images(tmp_path / "images", 30))
+    files = sorted(images.rglob("*.png"))
+    whole = probe(sets[0], 0.25, tmp_path / "a", batch=4)
+    for file in (*files[4:8], files[9], *files[16:32]):  # a batch, one of a batch, a chunk
+        file.write_bytes(b"no picture")
+    data = DataConfig(source=str(images), on_broken="skip")
+    found = write_probe(["pixels@8"], data, 0.25, tmp_path / "b", pools=("none",), neighbours=5, batch=4)
+    assert len(found["protocol"]["test"]["unreadable"]) == 21
+    left = [found["protocol"][part]["images"] for part in ("training", "test")]
+    assert sum(left) == 60 - 21 < sum(whole["protocol"][part]["images"] for part in ("training", "test"))
+
+
+def test_sets_are_told_apart_by_pixels_and_not_by_sizes_in_bytes(tmp_path):
+    """Uncompressed images of the same names are of one `Images.identity`, whatever they show."""
+    for name, first in (("train", 0), ("test", 100)):
+        for c, kind in enumerate(("dark", "light")):
+            (tmp_path / name / kind).mkdir(parents=True)
+            for i in range(12):
+                pixels = np.random.default_rng((c, first + i)).normal(90 + 40 * c, 50, (8, 8, 3)).clip(0, 255)
+                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / name / kind / f"{i:04d}.bmp")
+    train, test = str(tmp_path / "train"), str(tmp_path / "test")
+    assert open_images(train).identity == open_images(test).identity
+    found = probe(train, test, tmp_path / "out")
+    assert found["protocol"]["test"]["also_in_training"] == []
+    for file in (tmp_path / "train").rglob("*.bmp"):  # other pixels in its place
+        shutil.copy(tmp_path / "test" / file.relative_to(tmp_path / "train"), file)
+    with pytest.raises(ImageError, match="all 24 test images"):
+        probe(train, test, tmp_path / "out")
+
+
 def test_two_processes_have_the_figures_of_one(sets, tmp_path, monkeypatch):
     monkeypatch.setattr("rae.commands.probe_features.CHUNK", 16)
     script = tmp_path / "probe.py"
@@ -246,7 +301,7 @@ def test_what_cannot_be_probed_is_said(sets, encoder, tmp_path):
         ((one, 0.5), ImageError, "one class only"),
         ((few, 0.5), ImageError, "2 of 2 classes have fewer than 3 training images"),
         ((train, other), ImageError, "the classes of"),
-        ((train, train), ImageError, "holds the images of"),
+        ((train, train + "/../train"), ImageError, "holds the images of"),
         ((train, copies), ImageError, "all 6 test images"),
         ((train, 1.5), ConfigError, "between 0 and 1"),
     ]
@@ -265,6 +320,9 @@ def test_what_cannot_be_probed_is_said(sets, encoder, tmp_path):
     assert not (tmp_path / "out2").exists()
     with pytest.raises(OutputError, match="something else"):
         probe(train, test, flat)
+    for source in (train, test):
+        with pytest.raises(ValueError, match=r"is inside .*; give an --out beside it"):
+            probe(train, test, f"{source}/dark/out")
 
 
 def test_a_part_of_the_images_keeps_the_proportions_and_copies_are_told(sets, tmp_path, capsys):

@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from rae.autoencoder.baselines import is_baseline
+from rae.commands.fingerprint import fingerprint
 from rae.commands.pictures import OutputError
 from rae.commands.probe_features import Pool, Probed, open_latents, read_features, write_features
 from rae.config import ConfigError
@@ -38,7 +39,7 @@ from rae.evaluation.probe import (
     part_of_each_class,
 )
 from rae.evaluation.uncertainty import BOUNDS, Measured, Share, measured_mean, written
-from rae.folders import aside
+from rae.folders import aside, check_outside
 from rae.processes import process_state
 
 CHOOSING = 0.2  # part of each class's training images that chooses the weight decay
@@ -83,16 +84,20 @@ def write_probe(
         ImageError: images without classes, of one class, or of others than the test images; a class of too few images;
             test images that all are training images.
         OutputError: `out` holds something else, or features that are damaged.
+        ValueError: `out` is inside a folder of images that is read.
         Besides, what opening latent spaces and encoding raises.
     """
     state, folder = process_state(), out / "features"
+    for source in (data.source, *([test] if isinstance(test, str) else [])):
+        check_outside(out, source)
     train, tested = open_sets(data, test, num, num_test)
     fitted = len(train) if tested else len(train) - round(float(test) * len(train))
     if neighbours > fitted:
         raise ConfigError(f"{neighbours} neighbours are asked for among {fitted:,} training images; ask for fewer.")
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not folder.is_dir()):
         raise OutputError(f"{out} is a file, or a folder that holds something else than probes; give a new folder.")
-    opened = [images for images in (train, tested) if images]
+    # what is kept of images is found by their pixels
+    opened = [dataclasses.replace(of, identity=fingerprint(of, data.on_broken)) for of in (train, tested) if of]
     for images in opened if image_size else ():
         Views(images, data, image_size)[0]  # a first one that is too small is told before an encoder is loaded
     spaces = open_latents(names, image_size, input_size)
@@ -149,7 +154,7 @@ def open_sets(
         train, tested = open_images(data.source, data.image, data.label), None
     else:
         train, tested = open_split(data.model_copy(update={"held_out": test}))
-        if tested.identity == train.identity:
+        if Path(test).resolve() == Path(data.source).resolve():  # of copies elsewhere only pixels tell
             raise ImageError(f"{test} holds the images of {data.source}: a probe is tested on others; try --test 0.2.")
     if train.class_names is None:
         raise ImageError(

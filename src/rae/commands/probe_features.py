@@ -8,7 +8,7 @@ The order is that of the images' digests, which knows nothing of the order that 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +25,7 @@ from rae.commands.pictures import OutputError, claim
 from rae.config import ConfigError
 from rae.data.crops import center_crop
 from rae.data.image_set import Images
-from rae.data.images import DataConfig, Views, read, readable, to_tensor, to_unit
+from rae.data.images import DataConfig, Views, loader, read, to_tensor, to_unit
 from rae.folders import aside, saved_kind
 from rae.processes import process_state
 from rae.training.display import progress
@@ -148,16 +148,18 @@ def write_features(
     own = list(enumerate(_chunks(images)))[state.process_index :: state.num_processes]
     todo = [(k, chunk) for k, chunk in own if not all(_file(place, k).exists() for place in places.values())]
     space.module.to(state.device)
+    batches = [[chunk[start : start + batch] for start in range(0, len(chunk), batch)] for _, chunk in todo]
+    views = _Digested(images, data, space.image_size)
+    batches_read = loader(views, [indices for of_chunk in batches for indices in of_chunk], data)
     with progress(f"encoding, {space.name}", sum(len(chunk) for _, chunk in todo)) as advance:
         done = 0
-        for k, chunk in todo:
-            parts, settings = [], {"batch": batch, "left_out": lambda _: None, "views": _Digested}
-            for items in readable(images, data, space.image_size, chunk, **settings):
-                z = space.encode(to_unit(items["image"].to(state.device)))
-                _check_finite(z, space.name, [images.names[i] for i in items["index"].tolist()])
-                kept = {pool: POOLS[pool](z).cpu() for pool in pools}
-                parts.append(kept | {name: items[name] for name in ("index", "digest")})
-                done += len(z)
+        for (k, _), of_chunk in zip(todo, batches):
+            parts = []
+            for indices, items in zip(of_chunk, batches_read):
+                own = items["index"] == torch.tensor(indices)  # in the place of a broken image another one is read
+                if own.any():
+                    parts.append(_pooled(space, pools, images, {name: column[own] for name, column in items.items()}))
+                done += len(indices)
                 advance(done)
             parts = parts or [_nothing(space, pools)]  # none of these images can be read
             columns = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
@@ -191,6 +193,13 @@ class _Digested(Views):
         content = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()
         digest = int.from_bytes(content[:8], "big", signed=True)
         return {"image": to_tensor(center_crop(image, self.size)), "label": label, "index": index, "digest": digest}
+
+
+def _pooled(space: Latents, pools: Sequence[Pool], images: Images, items: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is kept of a batch: pooled latents, `index` and `digest`."""
+    z = space.encode(to_unit(items["image"].to(process_state().device)))
+    _check_finite(z, space.name, [images.names[i] for i in items["index"].tolist()])
+    return {pool: POOLS[pool](z).cpu() for pool in pools} | {name: items[name] for name in ("index", "digest")}
 
 
 def _check_finite(z: Tensor, name: str, images: Sequence[str]) -> None:
