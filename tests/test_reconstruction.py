@@ -3,9 +3,10 @@
 import pytest
 import skimage.metrics
 import torch
+import torch.nn.functional as F
 from devices import Float32Device
 
-from rae.evaluation.reconstruction import psnr, ssim
+from rae.evaluation.reconstruction import SIGMA, WINDOW, _blur, psnr, ssim
 
 
 @pytest.fixture
@@ -38,6 +39,15 @@ def test_ssim_agrees_with_scikit_image(pair):
     ]
     assert ssim(*pair).tolist() == pytest.approx(expected, rel=1e-10)
     assert ssim(pair[1], pair[1]).tolist() == pytest.approx([1.0, 1.0], abs=1e-12)
+
+
+def test_the_window_is_a_convolution():
+    x = torch.rand(5, 2, 3, 21, 34, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    offsets = torch.arange(WINDOW, dtype=torch.float64) - 5
+    line = (-offsets.square() / (2 * SIGMA**2)).exp()
+    window = line[:, None] * line / line.sum() ** 2
+    expected = F.conv2d(x.flatten(0, 2)[:, None], window[None, None])
+    torch.testing.assert_close(_blur(x), expected.view(5, 2, 3, 11, 24), rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("metric", [psnr, ssim])

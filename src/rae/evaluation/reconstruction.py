@@ -1,7 +1,6 @@
 """PSNR and SSIM of reconstructions, per image, on [0,1] images [B,3,H,W]."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 WINDOW = 11  # pixels per side of SSIM's Gaussian window
@@ -37,7 +36,7 @@ def ssim(images: Tensor, references: Tensor) -> Tensor:
     x, y = _checked(images, references)
     if min(x.shape[2:]) < WINDOW:
         raise ValueError(f"SSIM's window is {WINDOW} x {WINDOW} pixels, the images are {x.shape[2]} x {x.shape[3]}.")
-    # one convolution for all five local moments: [B,C,H,W] x 5 -> [5,B,C,H-10,W-10]
+    # all five local moments at once: [B,C,H,W] x 5 -> [5,B,C,H-10,W-10]
     mx, my, mxx, myy, mxy = _blur(torch.stack([x, y, x * x, y * y, x * y]))
     c1, c2 = 0.01**2, 0.03**2
     luminance = (2 * mx * my + c1) / (mx * mx + my * my + c1)
@@ -46,11 +45,17 @@ def ssim(images: Tensor, references: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor) -> Tensor:
-    offsets = torch.arange(WINDOW, dtype=x.dtype, device=x.device) - WINDOW // 2
+    """Weighted sums of 11 shifted slices along each axis: [...,H,W] -> [...,H-10,W-10]; conv2d in float64 is slow."""
+    offsets = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2
     weights = (-offsets.square() / (2 * SIGMA**2)).exp()
-    weights = (weights / weights.sum()).view(1, 1, WINDOW, 1)
-    flat = x.flatten(0, 2).unsqueeze(1)
-    return F.conv2d(F.conv2d(flat, weights), weights.mT).unflatten(0, x.shape[:3]).squeeze(3)
+    weights = (weights / weights.sum()).tolist()
+    for axis in (-2, -1):
+        size = x.shape[axis] - WINDOW + 1
+        total = x.narrow(axis, 0, size) * weights[0]
+        for start in range(1, WINDOW):
+            total.add_(x.narrow(axis, start, size), alpha=weights[start])
+        x = total
+    return x
 
 
 def _checked(images: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
