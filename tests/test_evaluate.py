@@ -279,7 +279,7 @@ def test_larger_references_are_cropped_to_the_subject(sets, look, run, tmp_path)
     run("evaluate", sets[0], "--reference", large, *look, "--out", tmp_path / "out")
     found = json.loads((tmp_path / "out/evaluation.json").read_text())
     assert found["reference"].items() >= {"size": [20, 16], "crop": "centre crop, as in training"}.items()
-    said = "images of the reference, the first of 40 x 50 pixels, are scaled and cropped to the subject's 20 x 16"
+    said = "12 of 12 images of the reference have another size, and are scaled and cropped to the subject's 20 x 16"
     assert said in found["flags"]
     told = run("evaluate", sets[0], "--reference", sets[1], *look, "--out", tmp_path / "same")
     assert "are scaled and cropped" not in told
@@ -587,11 +587,12 @@ def test_reconstructions_know_how_many_images_were_left_out(runs, look, run, ref
 
 def test_a_reference_file_knows_how_many_images_were_left_out(sets, look, run, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
-    images, out = save_images(tmp_path / "images", 12, seed=0), tmp_path / "out"
+    images = save_images(tmp_path / "images", 12, seed=0)
     for name in ("004.png", "009.png"):
         (images / name).write_bytes(b"no png")
 
     def evaluated(file: Path) -> tuple[int | None, list[str]]:
+        out = tmp_path / "out" / file.parent.name / file.stem
         run("evaluate", sets[0], "--reference", file, *look, "--out", out)
         found = json.loads((out / "evaluation.json").read_text())
         assert found["subject"]["skipped"] == 0
@@ -657,10 +658,124 @@ def test_weights_that_nobody_asked_for(sets, encoder, refused, tmp_path):
     assert "--input-size 56 is of encoders" in refused(*command, "--input-size", 56)
 
 
-def test_a_folder_of_other_features_is_refused(sets, look, refused, run, tmp_path):
-    run("evaluate", sets[0], "--reference", sets[1], *look, "--out", tmp_path / "out")
-    told = refused("evaluate", sets[1], "--reference", sets[0], *look, "--out", tmp_path / "out")
-    assert "what was made in another way" in told
+def test_a_folder_with_the_evaluation_of_others_is_refused(sets, look, refused, run, tmp_path, monkeypatch):
+    out = ["--out", tmp_path / "out"]
+    run("evaluate", sets[0], "--reference", sets[1], *look, *out)
+    before = (tmp_path / "out/evaluation.json").read_bytes()
+    run("reference", sets[0], *look, "--out", tmp_path / "r.safetensors")
+    for subject, reference, told in (
+        (sets[1], sets[1], f"is of another subject, {sets[0]}, not {sets[1]}; give another folder"),
+        (sets[0], sets[0], f"is of another reference, {sets[1]}, not {sets[0]}; give another folder"),
+        (sets[0], tmp_path / "r.safetensors", f"is of another reference, {sets[1]}, not {sets[0]}; give another"),
+    ):
+        assert told in refused("evaluate", subject, "--reference", reference, *look, *out)
+    assert (tmp_path / "out/evaluation.json").read_bytes() == before
+    monkeypatch.chdir(sets[0].parent)
+    run("evaluate", "samples", "--reference", "./real", *look, *out)  # by another path
+    run("evaluate", shutil.copytree(sets[0], tmp_path / "copy"), "--reference", "real", *look, *out)  # the same images
+    (tmp_path / "out/evaluation.json").write_text("{}")
+    told = refused("evaluate", sets[0], "--reference", sets[1], *look, *out)
+    assert "evaluation.json is damaged (KeyError('subject')); remove it" in told
+
+
+# --- folders of features
+
+
+def test_images_that_were_added_are_judged_with_the_others(sets, look, run, tmp_path):
+    samples = shutil.copytree(sets[0], tmp_path / "samples")
+    command = ["evaluate", samples, "--reference", sets[1], *look, "--out"]
+    run(*command, tmp_path / "out")
+    (first,) = (tmp_path / "out/features").iterdir()
+    for i, file in enumerate(sorted(save_images(tmp_path / "more", 10, seed=9).iterdir())):
+        file.rename(samples / f"{50 + i:03d}.png")
+    told = run(*command, tmp_path / "out")
+    assert f"note: {first} is removed: it held features of other images, or at another size" in told
+    (second,) = (tmp_path / "out/features").iterdir()
+    assert second != first
+    run(*command, tmp_path / "new")
+    assert values(tmp_path / "out") == values(tmp_path / "new")
+    assert figures(tmp_path / "out")["frechet"]["protocol"] == "31 images against 26 images"
+    second.rename(tmp_path / "out/features/of an earlier version")
+    assert "of an earlier version is removed" in run(*command, tmp_path / "out")
+    (tmp_path / "out/features/of the user").mkdir()
+    assert "is removed" not in run(*command, tmp_path / "out")
+
+
+def test_another_extractor_leaves_the_features_of_the_first(sets, look, run, tmp_path):
+    from tiny import save_encoder
+
+    other = ["--features", save_encoder(tmp_path / "other", patch_size=4), "--input-size", 16]
+    for extractor in (look, other):
+        told = run("evaluate", sets[0], "--reference", sets[1], *extractor, "--out", tmp_path / "out")
+        assert "is removed" not in told
+    for side in ("features", "reference"):
+        assert len(list((tmp_path / "out" / side).glob("*/*/features.json"))) == 2
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_features_of_images_that_were_changed_are_refused(small_chunks, sets, look, run, refused, tmp_path, side):
+    """BMP files of one size have as many bytes whatever is in them, which is what an identity is made of."""
+    folders = [turned(folder, tmp_path / folder.name, ".bmp") for folder in sets]
+    command = ["evaluate", folders[0], "--reference", folders[1], *look, "--out", tmp_path / "out"]
+    run(*command)
+    run(*command)
+    file = sorted(folders[side].iterdir())[8]  # the first one of the second chunk
+    Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
+    told = " ".join(refused(*command).split())
+    assert f"{file} has other pixels than when" in told
+    place = tmp_path / "out" / ("features", "reference")[side]
+    assert "000001.safetensors was made of it" in told
+    (stale,) = place.glob("*/*")
+    assert f"Remove {stale} and run the same command again" in told
+    before = values(tmp_path / "out")
+    shutil.rmtree(stale)
+    run(*command)
+    assert values(tmp_path / "out")["frechet"] != before["frechet"]
+
+
+def test_images_that_can_or_cannot_be_read_now_are_changed(small_chunks, sets, look, run, refused, tmp_path):
+    samples = shutil.copytree(sets[0], tmp_path / "samples")
+    size = (samples / "008.png").stat().st_size
+    command = ["evaluate", samples, "--reference", sets[1], *look, "--skip-broken", "--out", tmp_path / "out"]
+    for i in range(8):
+        (samples / f"{i:03d}.png").write_bytes(b"x" * 100)  # a chunk of which nothing can be read
+    run(*command)
+    run(*command)
+    (samples / "008.png").write_bytes(b"x" * size)
+    assert "008.png has other pixels than when" in refused(*command)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_start_once_for_all_chunks(small_chunks, sets, look, run, tmp_path, monkeypatch, workers):
+    loader, started = feature_folder.loader, []
+
+    def counted(views, batches, data):
+        started.append(len(batches))
+        return loader(views, batches, data)
+
+    monkeypatch.setattr(feature_folder, "loader", counted)
+    command = ["evaluate", sets[0], "--reference", sets[1], *look, "--batch", 5, "--workers", workers, "--out"]
+    run(*command, tmp_path / "out")
+    assert started == [2 + 2 + 1, 2 + 2 + 2 + 1]  # chunks of 8, 8, 5; of 8, 8, 8, 2
+    run(*command, tmp_path / "out")
+    assert started[2:] == [0, 0]
+    (missing,) = (tmp_path / "out/features").rglob("000001.safetensors")
+    missing.unlink()
+    run(*command, tmp_path / "out")
+    assert started[4:] == [2, 0]
+
+
+def test_every_image_of_a_reference_that_is_cropped_is_counted(look, run, tmp_path):
+    samples = save_images(tmp_path / "samples", 12, seed=0, size=(16, 16))
+    mixed = save_images(tmp_path / "mixed", 20, seed=1, size=(40, 40))
+    save_images(tmp_path / "small", 1, seed=2, size=(16, 16))
+    (tmp_path / "small/000.png").replace(mixed / "000.png")  # the first one has the subject's size
+    (mixed / "001.png").write_bytes(b"no png")
+    command = ["evaluate", samples, "--reference", mixed, *look, "--skip-broken", "--out", tmp_path / "out"]
+    said = "18 of 19 images of the reference have another size, and are scaled and cropped to the subject's 16 x 16"
+    for _ in range(2):  # also where nothing is computed
+        run(*command)
+        assert said in json.loads((tmp_path / "out/evaluation.json").read_text())["flags"]
 
 
 def test_the_same_images_twice_are_flagged(sets, look, run, tmp_path):

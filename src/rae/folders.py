@@ -199,7 +199,7 @@ def check_outside(out: Path, source: str | Path) -> None:
         ValueError: `out` is that folder, or in it.
     """
     folder = Path(source).expanduser()
-    if folder.is_dir() and out.expanduser().resolve().is_relative_to(folder.resolve()):
+    if str(source) and folder.is_dir() and out.expanduser().resolve().is_relative_to(folder.resolve()):
         raise ValueError(
             f"--out {out} is inside {folder}, where what is written would be taken for its images; give an --out "
             "beside it."

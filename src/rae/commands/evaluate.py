@@ -5,6 +5,7 @@ reference --open----------> images --extractors--> features ----^
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import shutil
@@ -14,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -36,6 +38,7 @@ from rae.commands.reference import (
 from rae.commands.sides import read_sides
 from rae.commands.subject import Subject, is_pairs, open_subject
 from rae.config import ConfigError
+from rae.data.crops import center_crop
 from rae.data.folders import without_images
 from rae.data.image_set import Images
 from rae.data.images import DataConfig, open_images, subset
@@ -45,7 +48,7 @@ from rae.evaluation.judge import INCEPTION, PRDC_NEIGHBOURS, judge, judge_pairs,
 from rae.evaluation.pretrained import load_lpips
 from rae.evaluation.reference import save_reference
 from rae.evaluation.uncertainty import BOUNDS, written
-from rae.folders import aside, saved_kind
+from rae.folders import aside, check_outside, saved_kind
 from rae.processes import process_state
 
 EVALUATION = "evaluation.json"
@@ -92,8 +95,13 @@ def write_reference(
         inception: file of its weights; None = torch hub's.
         input_size: of encoders, see `open_extractor`.
         label: what holds the classes, see `open_images`; None = where there is one, "" = leave classes alone.
+
+    Raises:
+        OutputError: no name of a file that can be written, or more images than there are.
+        ValueError: `out` is inside a folder of images.
     """
     data = data.model_copy(update={"label": label})
+    check_outside(out, data.source)
     if out.suffix != ".safetensors":
         raise OutputError(f"{out}: a reference is a safetensors file; call it {out.with_suffix('.safetensors').name}.")
     check_file(out)
@@ -152,7 +160,7 @@ def evaluate(
     """`rae evaluate`: figures of images that are there, or of a model's, which it makes first.
 
     What takes long is kept in `out`, so that the same command goes on where it was interrupted: `samples` or
-    `reconstructions`, features, and `reference.safetensors` for other evaluations.
+    `reconstructions`, features, and `reference.safetensors` for other evaluations. A larger `num` adds to it.
 
     Args:
         subject: see `rae.commands.subject`.
@@ -178,8 +186,12 @@ def evaluate(
             that neither side has.
         ReferenceError: a reference at another size, or by another extractor.
         OutputError: `out` holds something else; too few images for the metrics.
+        ValueError: `out` is inside a folder of images that is read.
     """
     begun, data = time.perf_counter(), data.model_copy(update={"label": label})
+    for source in (subject, reference):
+        if source and not saved_kind(source):  # a run may hold its evaluations
+            check_outside(out, source)
     sides = read_sides(data, [subject, *([reference] if reference else [])])
     look = Look(open_extractors(features, inception, input_size), data, batch)
     if lpips and not is_pairs(subject):
@@ -191,10 +203,13 @@ def evaluate(
     if given:
         count = given.features.about["images"] if given.features else len(given.images)
         _check_count(given.source, count, LEAST_JUDGED if is_pairs(subject) else LEAST_COMPARED)
+    if given and size:
+        check_size(subject, size, given, data)
     judged = _prepare(subject, given, out, sides, num=num, batch=batch, sample=sample)
     _check_count(subject, len(judged.images), LEAST_JUDGED)
-    if given:
-        check_size(subject, size or size_of(judged.images, data.on_broken), given, data.on_broken)
+    if given and not size:
+        check_size(subject, size_of(judged.images, data.on_broken), given, data)
+    _check_out(out, subject, judged, given)
     own = look_at(judged.images, size, look, out / "features", source=subject)
     whole = _look_at_reference(judged, given, own, look, out / "reference")
     if not process_state().is_main_process:
@@ -205,8 +220,10 @@ def evaluate(
     if compared and not (given and given.moments):
         _save(whole, reference_about, look, out / "reference.safetensors")
     role = role_of(subject, given) if given else UNKNOWN
-    figures = judge_pairs(judged.originals, judged.images, distance, batch) if judged.originals else {}
-    missing = {}
+    figures, missing = {}, {}
+    if judged.originals:
+        pairs = [_cropped(half, size) if size else half for half in (judged.originals, judged.images)]
+        figures = judge_pairs(*pairs, distance, batch)
     for name in look.extractors:
         figures |= judge(own.sets[name], whole.sets[name], name)
         missing |= left_out(own.sets[name], name)
@@ -218,7 +235,7 @@ def evaluate(
         "figures": {name: figure._asdict() for name, figure in figures.items()},
         "left_out": {name: figure._asdict() for name, figure in missing.items()},
         "flags": _skipped(subject=subject_about, **({} if judged.originals else {"reference": reference_about}))
-        + _flags(judged, own, whole, given, role, data.on_broken),
+        + _flags(judged, own, whole, given, role),
         "made": {
             "rae": importlib.metadata.version("rae"),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -271,6 +288,40 @@ def _prepare(
     return judged
 
 
+def _check_out(out: Path, subject: str, judged: Subject, given: Reference | None) -> None:
+    """Refuse a folder with the evaluation of others: images that are neither called the same nor the same.
+
+    Raises:
+        OutputError: it is one, or nothing says.
+    """
+    path, images = out / EVALUATION, judged.originals or given.images
+    if not path.is_file():
+        return
+    if images:
+        against = given.source if given else judged.source, images.identity
+    else:
+        against = given.features.about["source"], given.features.about["identity"]
+    now = {"subject": (subject, judged.images.identity), "reference": against}
+    try:
+        found = json.loads(path.read_text())
+        before = {side: (found[side]["source"], found[side]["identity"]) for side in now}
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"{path} is damaged ({error!r}); remove it, or give another folder.") from error
+    for side, (source, identity) in now.items():
+        was, known = before[side]
+        if identity != known and Path(source).expanduser().resolve() != Path(was).expanduser().resolve():
+            raise OutputError(f"{path} is of another {side}, {was}, not {source}; give another folder, or remove it.")
+
+
+def _cropped(images: Images, size: tuple[int, int]) -> Images:
+    """The centre crops of images, scaled to `size` (H, W) as those are that features are of."""
+    return dataclasses.replace(images, read=functools.partial(_read_cropped, images.read, size))
+
+
+def _read_cropped(read: Callable[[int], np.ndarray], size: tuple[int, int], index: int) -> np.ndarray:
+    return center_crop(read(index), size)
+
+
 def _look_at_reference(judged: Subject, given: Reference | None, own: Features, look: Look, folder: Path) -> Features:
     """Features of what the subject is compared with; images are cropped to the subject's size."""
     size = tuple(own.about["size"])
@@ -297,13 +348,11 @@ def _skipped(**sets: dict[str, Any]) -> list[str]:
     ]
 
 
-def _flags(
-    judged: Subject, own: Features, whole: Features, given: Reference | None, role: str, on_broken: str
-) -> list[str]:
+def _flags(judged: Subject, own: Features, whole: Features, given: Reference | None, role: str) -> list[str]:
     flags, count = [], own.about["images"]
     if said := shared_images(own, whole):
         flags.append(said)
-    if given and not judged.originals and (said := resized(given, own.about["size"], on_broken)):
+    if not judged.originals and (said := resized(whole)):
         flags.append(said)
     if judged.kind == "reconstructions" and role in (TRAINED, BOTH):
         flags.append(f"the reference holds {role} of this autoencoder: published rFID is of images that it never saw")
@@ -367,4 +416,4 @@ def _print(found: dict[str, Any], out: Path) -> None:
     Console().print(table)
     for flag in found["flags"]:
         say(f"note: {flag}")
-    Console().print(f"written: {out / EVALUATION}", highlight=False, soft_wrap=True)
+    Console().print(f"written: {out / EVALUATION}", highlight=False, markup=False, soft_wrap=True)

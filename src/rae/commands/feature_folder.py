@@ -10,6 +10,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rae.commands.pictures import OutputError, claim
+from rae.data.crops import center_crop
 from rae.data.image_set import ImageError, Images
-from rae.data.images import DataConfig, Views, read, readable
+from rae.data.images import DataConfig, Views, loader, read, to_tensor
 from rae.evaluation.features import Extractor
 from rae.evaluation.reference import DIGESTS, Classes, FeatureSet, collect, digest_order, pixel_digests
 from rae.folders import aside
@@ -27,6 +29,7 @@ from rae.processes import process_state
 from rae.training.display import progress
 
 CHUNK = 512  # images in a file, which an interruption costs at most
+COLUMNS = ("index", "original")  # what a file holds of each image beside features: its number, and (H, W) of its file
 
 
 def size_of(images: Images, on_broken: str) -> tuple[int, int]:
@@ -35,7 +38,17 @@ def size_of(images: Images, on_broken: str) -> tuple[int, int]:
     return image.shape[0], image.shape[1]
 
 
-class OneSize(Views):
+class Sized(Views):
+    """Views with `original`, (H, W) [2] of the image before any crop."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index, image, label = read(self.images, index, self.config.on_broken)
+        self.check_size(index, image)
+        item = {"image": to_tensor(center_crop(image, self.size)), "label": label, "index": index}
+        return item | {"original": torch.tensor(image.shape[:2])}
+
+
+class OneSize(Sized):
     """Views of images that all have the size asked for."""
 
     def check_size(self, index: int, image: np.ndarray) -> None:
@@ -73,7 +86,8 @@ def write_features(
 
     Raises:
         ImageError: an image of another size, or one that cannot be read.
-        OutputError: the folder holds features of other images or of another extractor.
+        OutputError: the folder holds features of other images or of another extractor, or the images were changed
+            since, of which the first one of each file tells.
         FloatingPointError: features that are not finite.
     """
     state = process_state()
@@ -84,20 +98,31 @@ def write_features(
         for name, extractor in extractors.items():
             claim(_place(folder, name), "features.json", about | {"extractor": extractor.describe()})
     state.wait_for_everyone()
-    own = range(len(chunks))[state.process_index :: state.num_processes]
-    todo = [k for k in own if not all(_file(folder, name, k).exists() for name in extractors)]
+    views = (Sized if crop else OneSize)(images, data, size)
+    todo = []
+    for k in range(len(chunks))[state.process_index :: state.num_processes]:
+        files = [_file(folder, name, k) for name in extractors]
+        if all(file.exists() for file in files):
+            _check_unchanged(files, views)
+        else:
+            todo.append(k)
+    cut = {k: [chunks[k][start : start + batch] for start in range(0, len(chunks[k]), batch)] for k in todo}
+    batches = loader(views, [wanted for cuts in cut.values() for wanted in cuts], data)  # workers start once
     with progress(what, sum(len(chunks[k]) for k in todo)) as advance:
         done = 0
-        for k in todo:
+        for k, cuts in cut.items():
             parts: dict[str, list[dict[str, Tensor]]] = {name: [] for name in extractors}
-            views = Views if crop else OneSize
-            for part in readable(images, data, size, chunks[k], batch=batch, left_out=lambda _: None, views=views):
-                for name, extractor in extractors.items():
-                    found = extractor(part["image"].to(state.device))
-                    found = {kind: values.float().cpu() for kind, values in found.items()}
-                    _check_finite(found, name, images, part["index"].tolist())
-                    parts[name].append(found | {"index": part["index"], DIGESTS: pixel_digests(part["image"])})
-                done += len(part["image"])
+            for wanted, items in zip(cuts, batches):
+                own = items["index"] == torch.tensor(wanted)  # in the place of a broken image another one was read
+                done += len(wanted)
+                if own.any():
+                    part = {kind: column[own] for kind, column in items.items()}
+                    pixels, known = part["image"].to(state.device), {kind: part[kind] for kind in COLUMNS}
+                    known[DIGESTS] = pixel_digests(part["image"])
+                    for name, extractor in extractors.items():
+                        found = {kind: values.float().cpu() for kind, values in extractor(pixels).items()}
+                        _check_finite(found, name, images, part["index"].tolist())
+                        parts[name].append(found | known)
                 advance(done, "")
             for name, found in parts.items():
                 _write(_file(folder, name, k), found)
@@ -115,15 +140,38 @@ def read_features(
         images: that these are of, for their classes; None = the set has none.
         keep: so many rows at most, see `digest_order`; None = all.
     """
-    files = sorted(_place(folder, name).glob("*.safetensors"))
+    files = _files(folder, name)
     known = [part for file in files if len((part := _load(file, "index", DIGESTS))["index"])]
     numbers = torch.cat([part["index"] for part in known])
     labels = torch.tensor([images.labels[number] if images else 0 for number in numbers.tolist()])
-    order = digest_order(torch.cat([part[DIGESTS] for part in known]), labels)
+    digests = torch.cat([part[DIGESTS] for part in known])
+    order = digest_order(digests, labels)
     kept = order[:keep]
-    parts = ({kind: values for kind, values in _load(file).items() if kind != "index"} for file in files)
+    parts = ({kind: values for kind, values in _load(file).items() if kind not in COLUMNS} for file in files)
     classes = Classes(labels[kept], images.class_names) if images and images.class_names is not None else None
-    return dataclasses.replace(collect(parts, len(numbers), kept), classes=classes), numbers[order].tolist()
+    found = dataclasses.replace(collect(parts, len(numbers), kept), classes=classes, digests=digests.sort().values)
+    return found, numbers[order].tolist()
+
+
+def count_resized(folder: Path, name: str, size: tuple[int, int]) -> int:
+    """How many of the images that `write_features` has brought to `size` (H, W) had another one."""
+    parts = (_load(file, "original") for file in _files(folder, name))
+    return sum(int((part["original"] != torch.tensor(size)).any(1).sum()) for part in parts if part)
+
+
+def _check_unchanged(files: Sequence[Path], views: Views) -> None:
+    """Refuse features of images that have other pixels now, by the first image of each file."""
+    for file in files:
+        known = _load(file, "index", DIGESTS)
+        if not len(known["index"]):  # none of its images could be read
+            continue
+        index, digest = known["index"][0].item(), known[DIGESTS][0].item()
+        now = views[index]
+        if now["index"] != index or pixel_digests(now["image"][None]).item() != digest:
+            raise OutputError(
+                f"{views.images.names[index]} has other pixels than when {file} was made of it: features of images "
+                f"that were changed since are of no use. Remove {file.parent} and run the same command again."
+            )
 
 
 def _check_finite(found: Mapping[str, Tensor], name: str, images: Images, numbers: Sequence[int]) -> None:
@@ -143,6 +191,10 @@ def _place(folder: Path, name: str) -> Path:
 
 def _file(folder: Path, name: str, chunk: int) -> Path:
     return _place(folder, name) / f"{chunk:06d}.safetensors"
+
+
+def _files(folder: Path, name: str) -> list[Path]:
+    return sorted(_place(folder, name).glob("*.safetensors"))
 
 
 def _write(file: Path, parts: Sequence[Mapping[str, Tensor]]) -> None:

@@ -1,5 +1,8 @@
 """How `rae evaluate` and `rae reference` look at a set of images: by which networks, at what size, cropped or not."""
 
+import hashlib
+import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from rae.commands.feature_folder import read_features, size_of, write_features
+from rae.commands.feature_folder import count_resized, read_features, size_of, write_features
 from rae.config import ConfigError
 from rae.data.image_set import Images
 from rae.data.images import DataConfig
@@ -36,11 +39,13 @@ class Features:
         about: source, identity, images, size and crop, as they stand in a reference and in `evaluation.json`.
         sets: by name of the extractor; empty where another process holds them.
         read: numbers of the images that could be read.
+        resized: how many of them were scaled and cropped.
     """
 
     about: dict[str, Any]
     sets: dict[str, FeatureSet]
     read: list[int]
+    resized: int = 0
 
 
 def look_at(
@@ -55,26 +60,41 @@ def look_at(
 ) -> Features:
     """Features of images by all processes, which the first one reads.
 
+    They lie in a folder whose name depends on the images and their size. Once they are whole, those of other images
+    beside them are removed: an evaluation that grows does not fill the disk.
+
     Args:
         images: to look at.
         size: (H, W) in pixels to crop them to; None = they all have one.
         look: by which extractors.
-        folder: where features lie in the meantime.
+        folder: where features lie in the meantime, those of one set of images.
         source: what to call the images.
         keep: rows to keep; None = all.
         what: to call the job on the screen.
     """
     crop, size = size is not None, size or size_of(images, look.data.on_broken)
-    write_features(images, size, look.extractors, folder, data=look.data, batch=look.batch, crop=crop, what=what)
-    sets, read = {}, []
+    what_of = json.dumps([images.identity, len(images), list(size), crop])
+    place = folder / hashlib.sha256(what_of.encode()).hexdigest()[:12]
+    write_features(images, size, look.extractors, place, data=look.data, batch=look.batch, crop=crop, what=what)
+    sets, read, resized = {}, [], 0
     if process_state().is_main_process:
+        _remove_others(place)
         for name in look.extractors:
-            sets[name], read = read_features(folder, name, images, keep)
+            sets[name], read = read_features(place, name, images, keep)
+        resized = count_resized(place, next(iter(look.extractors)), size)
         missing = sorted(set(range(len(images))) - set(read))
         for index in missing:
             say(f"left out: {images.names[index]} cannot be read")
     about = {"source": source, "identity": images.identity, "images": len(read), "size": list(size)}
-    return Features(about | {"crop": CROPPED if crop else WHOLE}, sets, read)
+    return Features(about | {"crop": CROPPED if crop else WHOLE}, sets, read, resized)
+
+
+def _remove_others(place: Path) -> None:
+    """Remove features of other images, and those that earlier versions kept without a folder for each set of images."""
+    for other in sorted(place.parent.iterdir()):
+        if other != place and (*other.glob("features.json"), *other.glob("*/features.json")):
+            shutil.rmtree(other)
+            say(f"note: {other} is removed: it held features of other images, or at another size")
 
 
 def open_extractors(names: Sequence[str], inception: Path | None, input_size: int | None) -> dict[str, Extractor]:

@@ -11,7 +11,7 @@ from rae.commands.feature_folder import size_of
 from rae.commands.look import Features, Look
 from rae.config import parse
 from rae.data.image_set import ImageError, Images, digest
-from rae.data.images import DataConfig, open_images, split_images
+from rae.data.images import DataConfig, Views, open_images, split_images
 from rae.evaluation.judge import INCEPTION
 from rae.evaluation.reference import (
     DIGESTS,
@@ -25,6 +25,7 @@ from rae.folders import checkpoints, run_of
 from rae.training.checkpoint import read_state
 
 TRAINED, HELD_OUT, BOTH, UNKNOWN = "training images", "held-out images", "training and held-out images", "unknown"
+SAME = "subject and reference are the same images: distances are 0 whatever these are"
 
 
 @dataclass(frozen=True)
@@ -89,21 +90,23 @@ def open_reference(source: str, data: DataConfig, look: Look) -> Reference:
     return Reference(source, features=Features(fields, {name: sets[name] for name in look.extractors}, []))
 
 
-def check_size(subject: str, ours: Sequence[int], reference: Reference, on_broken: str) -> None:
-    """Refuse features and moments of images at another size; images can be brought to the subject's.
+def check_size(subject: str, ours: Sequence[int], reference: Reference, data: DataConfig) -> None:
+    """Refuse features and moments of images at another size, and images that cannot be brought to the subject's.
 
     Args:
         subject: what to call it.
         ours: (H, W) in pixels of its images.
         reference: to compare them with.
-        on_broken: of `DataConfig`.
+        data: how images are read.
 
     Raises:
-        ReferenceError: they are at another size.
+        ReferenceError: features or moments at another size.
+        ImageError: the first image is smaller, and is not to be enlarged.
     """
-    if not (reference.features or reference.moments):
+    if reference.images and not reference.moments:
+        Views(reference.images, data, tuple(ours))[0]
         return
-    theirs = reference.features.about["size"] if reference.features else size_of(reference.images, on_broken)
+    theirs = reference.features.about["size"] if reference.features else size_of(reference.images, data.on_broken)
     if list(ours) != list(theirs):
         ours, theirs = (" x ".join(map(str, size)) for size in (ours, theirs))
         raise ReferenceError(
@@ -116,26 +119,38 @@ def check_size(subject: str, ours: Sequence[int], reference: Reference, on_broke
 def shared_images(own: Features, whole: Features) -> str | None:
     """What is to be said of images that subject and reference share, pixel for pixel, in whatever files and order.
 
-    A file of an earlier version holds no digests of its images: then the identity of the whole set alone can tell.
+    Files of earlier versions hold the digests of the rows that they keep, or none: then the identity of the whole set
+    can tell that it is the same, and what nobody can tell is said. Beside moments of ADM lie some images, not
+    necessarily those that the moments are of.
     """
-    said = "subject and reference are the same images: distances are 0 whatever these are"
-    if own.about["identity"] == whole.about["identity"]:
-        return said
-    ours, theirs = (next(iter(each.sets.values())).rows.get(DIGESTS) for each in (own, whole))
-    if ours is None or theirs is None:
-        return None
-    if torch.equal(ours.sort().values, theirs.sort().values) and len(theirs) == whole.about["images"]:
-        return said
-    shared = int(torch.isin(ours, theirs).sum())
-    return f"{shared:,} of the subject's {len(ours):,} images are also in the reference" if shared else None
+    ours, theirs = (next(iter(each.sets.values())) for each in (own, whole))
+    known = theirs.rows.get(DIGESTS) if theirs.digests is None else theirs.digests
+    source, count = whole.about["source"], whole.about["images"]
+    earlier = f"for an earlier version made the file; make it again with `rae reference {source}`"
+    if known is None:
+        not_known = f"whether images of the subject are also in the reference is not known, {earlier}"
+        return SAME if own.about["identity"] == whole.about["identity"] else not_known
+    shared = int(torch.isin(ours.digests, known).sum())
+    some = f"{shared:,} of the subject's {len(ours.digests):,} images are also"
+    if theirs.count is None:
+        return f"{some} among the {len(known):,} that {source} holds beside its moments" if shared else None
+    if len(known) < count:
+        kept = f"the {len(known):,} of the reference's {count:,} images that the file keeps"
+        return f"{some} among {kept}; whether they are among the others is not known, {earlier}"
+    if torch.equal(ours.digests, known.sort().values):
+        return SAME
+    return f"{some} in the reference" if shared else None
 
 
-def resized(reference: Reference, ours: Sequence[int], on_broken: str) -> str | None:
-    """What is to be said of images of a reference that are brought to the subject's size (H, W), by their first one."""
-    if reference.images is None or list(theirs := size_of(reference.images, on_broken)) == list(ours):
+def resized(whole: Features) -> str | None:
+    """What is to be said of images of a reference that were brought to the subject's size."""
+    if not whole.resized:
         return None
-    theirs, ours = (" x ".join(map(str, size)) for size in (theirs, ours))
-    return f"images of the reference, the first of {theirs} pixels, are scaled and cropped to the subject's {ours}"
+    size = " x ".join(map(str, whole.about["size"]))
+    return (
+        f"{whole.resized:,} of {whole.about['images']:,} images of the reference have another size, and are scaled and "
+        f"cropped to the subject's {size}"
+    )
 
 
 # --- whose images ----------------------------------------------------------------------------------------------------

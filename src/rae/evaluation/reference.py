@@ -59,12 +59,14 @@ class FeatureSet:
             and `DIGESTS` => [K] int64, see `pixel_digests`, which files of earlier versions lack.
         moments: kind => mean and covariance over all N.
         classes: of these K; None where they have none.
+        digests: [N] int64 of all images, in rising order; None where a file of an earlier version does not tell.
     """
 
     count: int | None
     rows: dict[str, Tensor]
     moments: dict[str, Gaussian]
     classes: Classes | None = None
+    digests: Tensor | None = None
 
 
 class ReferenceAbout(Config):
@@ -161,15 +163,18 @@ def collect(parts: Iterable[Mapping[str, Tensor]], count: int, kept: Tensor | No
 
 
 def save_reference(path: Path, sets: Mapping[str, FeatureSet], **about: Any) -> None:
-    """Write a safetensors file: NAME/KIND.mean, NAME/KIND.covariance (float64), NAME/KIND (rows, float32), labels.
+    """Write a safetensors file: NAME/KIND.mean, NAME/KIND.covariance (float64), NAME/KIND (rows, float32); of the rows
+    labels, of all images digests (int64).
 
     Args:
         path: of the file.
         sets: by name of the extractor, of the same images.
         about: fields of `ReferenceAbout`, without `kind`, `drawn`, `class_names` and `sha256`.
     """
-    tensors, classes = {}, next(iter(sets.values())).classes
-    if classes:
+    tensors, first = {}, next(iter(sets.values()))
+    if first.digests is not None:
+        tensors[DIGESTS] = first.digests
+    if classes := first.classes:
         tensors["labels"], about["class_names"] = classes.labels, classes.names
     for name, features in sets.items():
         for kind, (mean, covariance) in features.moments.items():
@@ -205,7 +210,8 @@ def load_reference(path: Path) -> tuple[ReferenceAbout, dict[str, FeatureSet]]:
         own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
         kinds = [key for key in own if "." not in key]
         moments = {k: Gaussian(own[f"{k}.mean"], own[f"{k}.covariance"]) for k in kinds if f"{k}.mean" in own}
-        sets[name] = FeatureSet(about.images, {kind: own[kind] for kind in kinds}, moments, classes)
+        rows = {kind: own[kind] for kind in kinds}
+        sets[name] = FeatureSet(about.images, rows, moments, classes, tensors.get(DIGESTS))
     return about, sets
 
 
