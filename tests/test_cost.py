@@ -300,6 +300,13 @@ def test_refusals_name_the_key_and_the_remedy(names, settings, message):
         print_cost([str(name) for name in names], **settings)
 
 
+def test_what_is_published_is_shown_alone(run, refused):
+    assert "55%" in run("flops", "--published")
+    for option in (["--devices", 1], ["--device", "h100"], ["--images", 5], ["--json"], [MAIN]):
+        assert "or --published alone" in refused("flops", "--published", *option)
+    assert "or --published alone" in refused("flops")
+
+
 def test_saved_models_tell_nothing_of_training(runs):
     model = str(runs / "dit/checkpoints/000000048/model")
     with pytest.raises(ConfigError, match="tells nothing of training"):

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from rae.cli.options import given
+
 
 @click.command()
 @click.option("--out", default="demo", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
@@ -57,7 +59,8 @@ def doctor(context: click.Context, run: Path | None) -> None:
 @click.option("--classes", type=click.IntRange(0), help="Of the training images.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON list, in place of tables.")
 @click.option("--published", is_flag=True, help="The paper's GFLOPs beside ours, and by which convention.")
-def flops(subjects: tuple[str, ...], published: bool, **settings) -> None:
+@click.pass_context
+def flops(context: click.Context, subjects: tuple[str, ...], published: bool, **settings) -> None:
     """Count what networks cost, and what training them would.
 
     In operations, parameters, memory, hours and money. SUBJECTS are recipes, runs or saved models; KEY=VALUE changes
@@ -65,7 +68,7 @@ def flops(subjects: tuple[str, ...], published: bool, **settings) -> None:
     """
     from rae.commands.cost import print_cost, print_published
 
-    if published == bool(subjects) or (published and any(settings[name] for name in ("device", "price", "as_json"))):
+    if published == bool(subjects) or (published and given(context, settings)):
         raise click.UsageError("give a recipe, a run or a saved model, or --published alone.")
     if published:
         print_published()

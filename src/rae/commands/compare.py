@@ -11,12 +11,12 @@ from urllib.parse import quote
 from rich.console import Console
 
 from rae.commands.compare_figures import figures
-from rae.commands.compare_nearest import Nearest, nearest_images
+from rae.commands.compare_nearest import Nearest, nearest_images, sources
 from rae.commands.compare_pictures import reconstructions, samples
 from rae.commands.compare_read import Compared, read_all
 from rae.commands.compare_runs import runs
 from rae.evaluation.report import Piece, ReportError, check_plots, markdown, page, table
-from rae.folders import aside
+from rae.folders import aside, check_outside
 
 TITLES = {1: "Stage 1: decoders", 2: "Stage 2: diffusion transformers"}
 
@@ -35,9 +35,13 @@ def write_report(folders: Sequence[Path], out: Path, near: Nearest | None = None
 
     Raises:
         ReportError: nothing to compare, matplotlib is missing, or `out` cannot be written to.
+        ValueError: `out` is inside a folder of images that is read, or of pictures that are compared.
     """
     check_plots()
     compared = read_all(folders)
+    pictures = (found for each in compared for found in (each.samples, each.reconstructions) if found)
+    for folder in (*(found.folder for found in pictures), *(sources(near) if near else ())):
+        check_outside(out, folder)
     html = check_out(out)
     sections = {"": overview(compared), "Figures": figures(compared)}
     for stage, title in TITLES.items():

@@ -23,12 +23,15 @@ from rae.commands.compare_figures import DIFFERENT
 from rae.commands.compare_pictures import SHOWN, shown_width
 from rae.commands.compare_read import Compared, Pictures
 from rae.commands.feature_folder import read_features, write_features
+from rae.commands.fingerprint import fingerprint
+from rae.commands.look import say
 from rae.commands.pictures import checksum
 from rae.config import parse
 from rae.data.image_set import Images, digest
 from rae.data.images import DataConfig, Views, open_images, open_split, to_bytes, to_unit
 from rae.evaluation.features import Extractor, open_extractor
 from rae.evaluation.nearest import Memorisation, memorisation, nearest
+from rae.evaluation.reference import DIGESTS
 from rae.evaluation.report import Piece, ReportError, curves, heading, note, paragraph, sheet, table
 from rae.evaluation.uncertainty import written
 from rae.processes import process_state
@@ -70,9 +73,16 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Known:
-    """A set of images as the comparison sees it: features [N,d], and a picture of each."""
+    """A set of images as the comparison sees it.
+
+    Attributes:
+        features: [N,d].
+        digests: [N] int64, of the pixels, as of `pixel_digests`.
+        picture: of each.
+    """
 
     features: Tensor
+    digests: Tensor
     picture: Picture
 
 
@@ -80,7 +90,8 @@ def nearest_images(compared: Sequence[Compared], near: Nearest, folder: Path) ->
     """The section of all folders of samples. Features are kept in `folder`, where a second call finds them.
 
     Raises:
-        ReportError: no samples, or of several sizes; or training and held-out images are the same, or not given.
+        ReportError: no samples, or of several sizes; held-out images that all are training images, or are not given.
+        ImageError: an image that cannot be read, unless `on_broken` is "skip"; the page then says how many there are.
     """
     samples = {each.name: each.samples for each in compared if each.samples and each.samples.files}
     if not samples:
@@ -91,7 +102,8 @@ def nearest_images(compared: Sequence[Compared], near: Nearest, folder: Path) ->
         raise ReportError(f"--nearest: samples of one size are compared, these have {told}; give those of one size.")
     (size,) = sizes
     training, held_out, data = _open(near)
-    if training.identity == held_out.identity:
+    same_place = len({Path(how.source).resolve() for how in data}) == 1
+    if same_place and training.identity == held_out.identity:  # of copies elsewhere only pixels tell, below
         raise ReportError(
             "--nearest and --held-out are the same images; what is compared with must not have been trained on."
         )
@@ -99,15 +111,27 @@ def nearest_images(compared: Sequence[Compared], near: Nearest, folder: Path) ->
     real = _Reconstructed(near.through, plain, samples) if near.through else plain
 
     def look_at(images: Images, how: DataConfig, what: str, also: str = "", extractor: nn.Module = real) -> Known:
-        settings = [images.identity, list(size), extractor.identity, also]
+        settings = [fingerprint(images, how.on_broken), list(size), extractor.identity, also]
         place = folder / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
         named = {near.features: extractor}
         write_features(images, size, named, place, data=how, batch=near.batch, crop=True, what=what)
         found, read = read_features(place, near.features)
-        views = Views(images, how, size)
-        return Known(found.rows["features"], lambda i: views[read[i]]["image"].permute(1, 2, 0).numpy())
+        views, missing = Views(images, how, size), sorted(set(range(len(images))) - set(read))
+        for index in missing:
+            views[index]  # raises where none is to be skipped, whatever an earlier call has left out
+            say(f"left out: {images.names[index]} cannot be read")
+        if missing:
+            left_out.append(f"{len(missing):,} of {len(images):,} {what}")
+        features, digests = (found.rows[kind] for kind in ("features", DIGESTS))
+        return Known(features, digests, lambda i: views[read[i]]["image"].permute(1, 2, 0).numpy())
 
+    left_out: list[str] = []
     known = look_at(training, data[0], "training images"), look_at(held_out, data[1], "held-out images")
+    if torch.isin(known[1].digests, known[0].digests).all():
+        raise ReportError(
+            f"all {len(known[1].digests):,} held-out images are training images as well, pixel for pixel; what is "
+            "compared with must not have been trained on: give others with --held-out."
+        )
     look_at_own = functools.partial(look_at, extractor=plain)
     own = {name: _look_at_samples(pictures, data[0], look_at_own) for name, pictures in samples.items()}
     seen = f"reconstructed by {near.through}, " if near.through else ""
@@ -115,8 +139,9 @@ def nearest_images(compared: Sequence[Compared], near: Nearest, folder: Path) ->
         f"{len(known[0].features):,} training and {len(known[1].features):,} held-out images, {size[0]} x {size[1]} "
         f"pixels, {seen}features of {near.features} ({plain.identity[:12]})"
     )
-    pieces = remembered(own, known[1], known[0], protocol)
-    return pieces if near.through else [note(DECODED), *pieces]
+    notes = [note(f"Left out, since they cannot be read: {', '.join(left_out)}.")] if left_out else []
+    notes += [] if near.through else [note(DECODED)]
+    return notes + remembered(own, known[1], known[0], protocol)
 
 
 class _Reconstructed(nn.Module):
@@ -150,26 +175,38 @@ class _Reconstructed(nn.Module):
         return self.extractor(to_bytes(x))
 
 
+def sources(near: Nearest) -> list[str]:
+    """Where the images lie that samples are compared with."""
+    return [how.source for how in _how(near) if how]
+
+
+def _how(near: Nearest) -> tuple[DataConfig, DataConfig | None]:
+    """How training images are read, those of a run by its recipe, and held-out ones; None = of no other source."""
+    recipe, reading = Path(near.training.source).expanduser() / "recipe.yaml", near.training
+    if not recipe.is_file():
+        return near.training, near.held_out
+    if reading.image and not near.held_out:
+        raise ReportError(f"--image {reading.image}: {reading.source} is a run, whose recipe names it; leave it out.")
+    data = parse(DataConfig, yaml.safe_load(recipe.read_bytes())["data"], str(recipe))
+    changes = {"workers": reading.workers, "enlarge": data.enlarge or reading.enlarge}
+    changes["on_broken"] = "skip" if "skip" in (data.on_broken, reading.on_broken) else "error"
+    data = data.model_copy(update=changes)
+    others = data.model_copy(update={"source": data.held_out}) if isinstance(data.held_out, str) else None
+    return data, near.held_out or others
+
+
 def _open(near: Nearest) -> tuple[Images, Images, tuple[DataConfig, DataConfig]]:
     """Training and held-out images, and how they are read."""
-    recipe, given = Path(near.training.source).expanduser() / "recipe.yaml", near.held_out
-    if recipe.is_file():
-        of_run = parse(DataConfig, yaml.safe_load(recipe.read_bytes())["data"], str(recipe))
-        reading = {"workers": near.training.workers, "enlarge": of_run.enlarge or near.training.enlarge}
-        data = of_run.model_copy(update=reading)
-        training, held_out = open_split(data)
-        source = data.model_copy(update={"source": data.held_out}) if isinstance(data.held_out, str) else data
-    else:
-        data, held_out, source = near.training, None, None
-        training = open_images(data.source, data.image, data.label)
-    if given is not None:
-        held_out, source = open_images(given.source, given.image, given.label), given
+    data, others = _how(near)
+    training, held_out = open_split(data)
+    if near.held_out:
+        held_out = open_images(others.source, others.image, others.label)
     if held_out is None:
         raise ReportError(
             f"{near.training.source} has no held-out images: say with --held-out which real images the models were not "
             "trained on. Their distances are what those of samples are compared with."
         )
-    return training, held_out, (data, source)
+    return training, held_out, (data, others or data)
 
 
 def _look_at_samples(pictures: Pictures, data: DataConfig, look_at: Callable) -> Known:
