@@ -15,6 +15,7 @@ from rae.training.adversarial import (
     AdversarialConfig,
     Adversary,
     adaptive_weight,
+    check_adversary,
     discriminator_loss,
     generator_loss,
     health,
@@ -235,19 +236,36 @@ def test_state_comes_back(encoder, tmp_path):
             {"run__micro_batch": 3},
             r"norm: batch is over the whole batch, and run\.micro_batch 3 is less than the 8 .*norm: sample",
         ),
-        ({"discriminator": {"depths": (0, 1)}}, {}, r"depths \[0, 1\] of .*blocks are 0 to 0"),
-        ({"discriminator": {"kernel": 2}}, {}, "kernel 2"),
-        (
-            {"discriminator": {"input_size": 20}},
-            {},
-            r"input_size: .*20 x 20 pixels, not a multiple of its patch size 8",
-        ),
     ],
 )
 def test_settings_that_contradict_each_other(encoder, tmp_path, section, changes, message):
     run = Run(tmp_path / "run", decoder_recipe(encoder, **changes), epoch=8)
+    config = AdversarialConfig.model_validate(adversarial(encoder, **section))
     with pytest.raises(ConfigError, match=message):
-        Adversary(AdversarialConfig.model_validate(adversarial(encoder, **section)), run, seed=0, epoch=8)
+        check_adversary(config, run, epoch=8)
+
+
+def test_the_discriminator_s_schedule_stays_where_one_key_is_given():
+    given = AdversarialConfig.model_validate({"discriminator": {"optim": {"lr": 1e-4}}}).discriminator.optim
+    assert (given.lr, given.final_lr, given.schedule, given.warmup) == (1e-4, 2e-5, "cosine", "1ep")
+    with pytest.raises(ValueError, match="adamw"):
+        AdversarialConfig.model_validate({"discriminator": {"optim": {"name": "muon"}}})
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"discriminator": {"depths": (0, 1)}}, r"depths \[0, 1\] of .*blocks are 0 to 0"),
+        ({"discriminator": {"kernel": 2}}, "kernel 2"),
+        ({"discriminator": {"input_size": 20}}, r"input_size: .*20 x 20 pixels, not a multiple of its patch size 8"),
+    ],
+)
+def test_settings_that_do_not_fit_the_frozen_network(encoder, tmp_path, section, message):
+    run = Run(tmp_path / "run", decoder_recipe(encoder), epoch=8)
+    config = AdversarialConfig.model_validate(adversarial(encoder, **section))
+    check_adversary(config, run, epoch=8)
+    with pytest.raises(ConfigError, match=message):
+        Adversary(config, run, seed=0, epoch=8)
 
 
 @pytest.mark.parametrize("name", ["dino-smal-8", "/nowhere/at/all", "/nowhere/dino_deitsmall8_pretrain.pth"])

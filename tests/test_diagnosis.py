@@ -160,11 +160,17 @@ def test_several_things_at_once_are_all_said():
 
 
 @pytest.mark.parametrize(
-    ("steps", "warmup", "expected"),
-    [(100_000, 0, 1000), (100_000, 5000, 5000), (600, 30, 300), (1, 0, 100)],
+    ("steps", "warmup", "rising", "expected"),
+    [
+        (100_000, 0, True, 1000),
+        (100_000, 5000, True, 5000),
+        (100_000, 5000, False, 1000),  # DiT-DH's is held: it lasts for half of the run
+        (600, 30, True, 300),
+        (1, 0, True, 100),
+    ],
 )
-def test_patience_is_the_warm_up_and_a_thousand_steps_or_half_the_run(steps, warmup, expected):
-    assert patience(steps, warmup) == expected
+def test_patience_is_the_rise_of_the_rate_and_a_thousand_steps_or_half_the_run(steps, warmup, rising, expected):
+    assert patience(OptimizerConfig(lr=1e-3, warmup_from_zero=rising), steps, warmup) == expected
 
 
 def test_a_loss_that_is_not_below_the_trivial_one():

@@ -11,20 +11,21 @@ from torch import nn
 
 from rae import RAE
 from rae.config import ConfigError
-from rae.data.images import Views, open_split, to_bytes, to_unit
+from rae.data.images import Views, open_images, open_split, subset, to_bytes, to_unit
 from rae.evaluation import features as features_module
 from rae.evaluation.features import Extractor, open_extractor
 from rae.evaluation.frechet import frechet_distance
 from rae.sources import SourceError
 from rae.training.decoder import DecoderRecipe, train_decoder
+from rae.training.held_out import spread
 from rae.training.run_folder import TrainingError
 
 ONCE = {"run__duration": "2st", "run__evaluate_every": "2st", "run__save_every": "1st"}
 
 
 def both_sets(recipe: DecoderRecipe, folder: Path) -> tuple[RAE, torch.Tensor, torch.Tensor]:
-    """The model of a run, its 16 held-out images, and their reconstructions in [0,1]."""
-    _, held_out = open_split(recipe.data)
+    """The model of a run, the 16 held-out images that judge it, and their reconstructions in [0,1]."""
+    held_out = spread(open_split(recipe.data)[1], 16)
     views = Views(held_out, recipe.data, (16, 16))
     image = to_unit(torch.stack([views[i]["image"] for i in range(16)]))
     rae = RAE.from_pretrained(folder)
@@ -79,6 +80,16 @@ def test_inception_s_figure_is_rfid_and_its_weights_are_those_named(encoder, tmp
     expected = distance(*(Network()(to_bytes(x))["features"].detach() for x in both))
     assert log(folder, "held_out_rfid") == [pytest.approx(expected, rel=1e-5)]
     assert asked == ["file.pth"]
+
+
+def test_images_are_spread_evenly_over_a_set_that_lies_class_by_class():
+    digits = open_images("digits")
+    ordered = subset(digits, sorted(range(len(digits)), key=digits.labels.__getitem__))
+    found = spread(ordered, 40)
+    assert (len(found), set(found.labels)) == (40, set(range(10)))
+    assert all(3 <= found.labels.count(label) <= 5 for label in range(10))
+    assert spread(found, 40) is found
+    assert spread(ordered, 40).identity == found.identity != spread(ordered, 41).identity
 
 
 def test_features_of_the_originals_are_taken_once(encoder, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from torch import nn
 
 from rae.config import ConfigError, parse
 from rae.training.dit_recipe import DiTOptimConfig
-from rae.training.durations import in_images
+from rae.training.durations import exact_images, in_images, steps
 from rae.training.optim import (
     OptimConfig,
     build_optimizers,
@@ -41,6 +41,27 @@ def test_durations(duration, images):
     assert in_images(duration, batch=10, epoch=37, total=1000) == images
 
 
+@pytest.mark.parametrize(("batch", "epoch"), [(10, 37), (512, 1_281_167), (7, 7), (64, 10)])
+@pytest.mark.parametrize("every", ["1ep", "0.25ep", "3st", "10%", "99img", "0.1st"])
+def test_what_is_done_every_so_often_falls_on_the_first_step_at_or_past_each(every, batch, epoch):
+    total = 40 * batch
+    interval = max(exact_images(every, batch=batch, epoch=epoch, total=total), batch)
+    due = [step for step in range(1, 41) if step * batch // interval > (step - 1) * batch // interval]
+    assert [*steps(interval, batch=batch, total=total)] == due
+    assert len(due) == total // interval
+    assert all(0 <= step * batch - k * interval < batch for k, step in enumerate(due, start=1))
+
+
+def test_a_quarter_of_an_epoch_is_a_part_of_one():
+    """... though it is no whole number of batches: rounded, 2,502 and 625 steps have none in common in a run."""
+    whole, quarter = (
+        {*steps(exact_images(every, batch=512, epoch=1_281_167), batch=512, total=512 * 40_036)}
+        for every in ("1ep", "0.25ep")
+    )
+    assert len(whole) == 15
+    assert whole < quarter
+
+
 @pytest.mark.parametrize("text", [80, "80", "ep", "-1ep", "80 ep", "1e3st", "5percent"])
 def test_duration_without_a_unit_is_refused(text):
     with pytest.raises(ConfigError, match="a number with a unit"):
@@ -62,7 +83,7 @@ def test_schedules_follow_their_formulas():
 
 
 def test_a_schedule_that_contradicts_its_rates_is_refused():
-    with pytest.raises(ConfigError, match="leave it out"):
+    with pytest.raises(ConfigError, match=r"none \(null\) with"):
         parse(OptimConfig, {"lr": 1e-3, "final_lr": 1e-4, "ema": 0.9}, "recipe")
     with pytest.raises(ConfigError, match="give final_lr"):
         parse(OptimConfig, {"lr": 1e-3, "schedule": "cosine", "ema": 0.9}, "recipe")

@@ -15,7 +15,7 @@ from rae.autoencoder.families import ENCODERS
 from rae.config import load_recipe
 from rae.training.decoder import DecoderRecipe, _check_sizes
 from rae.training.dit_recipe import DiTRecipe
-from rae.training.durations import in_images
+from rae.training.durations import best_warning, in_images
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -87,6 +87,18 @@ def test_durations_are_in_order(path):
         starts = [in_images(part.start, total=total, **convert) for part in (perceptual, discriminator, adversarial)]
         assert starts == sorted(starts)
         assert starts[-1] < total
+
+
+@each(RECIPES)
+@pytest.mark.parametrize("batch", [None, 512, 1000, 1024])
+def test_every_step_that_is_judged_is_saved(path, batch):
+    """At ImageNet's size, by which no part of an epoch is a whole number of batches: `best` may be any of them."""
+    run = load(path).run
+    convert = {"batch": batch or run.batch, "epoch": IMAGENET}
+    total = in_images(run.duration, **convert)
+    warning, both = best_warning(run.evaluate_every, run.save_every, total=total, **convert)
+    assert warning is None
+    assert both > 0
 
 
 @each(RECIPES)

@@ -68,6 +68,12 @@ def test_the_judges_are_named_on_the_screen_in_the_log_and_in_the_checkpoint(enc
     assert told.splitlines() == [f"{term}: {network}" for term, network in named.items()]
 
 
+def test_settings_that_contradict_each_other_are_refused_before_any_network_is_opened(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("rae.training.decoder.open_encoder", None)
+    with pytest.raises(ConfigError, match="starts at 2st, before its discriminator is trained, at 3st"):
+        train_decoder(gan(encoder, discriminator={"start": "3st"}), tmp_path / "run")
+
+
 def test_the_screen_says_what_a_loss_is_made_of(encoder, tmp_path, capsys):
     train_decoder(gan(encoder, run__duration="1st"), tmp_path / "run")
     said = capsys.readouterr().err

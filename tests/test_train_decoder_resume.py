@@ -1,5 +1,6 @@
 """Stage 1 goes on: after a signal, for longer, from another run's weights; and what must be as it was."""
 
+import json
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import decoder_recipe, lines, log, same_bits
@@ -128,6 +130,29 @@ def test_shorter_run_than_the_one_that_is_there(encoder, finished, tmp_path, cap
 def test_another_recipe_is_refused_with_the_difference(encoder, finished):
     with pytest.raises(ConfigError, match=r"begun with another recipe:\n  noise\.tau: 0\.8 -> 0\.5\n  optim\.lr: "):
         train_decoder(decoder_recipe(encoder, noise__tau=0.5, optim__lr=1e-4), finished)
+
+
+def test_how_a_step_is_computed_may_change(encoder, finished, tmp_path, capsys):
+    """Out of memory when the adversarial term starts: the run goes on in smaller parts."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    changed = {"run__micro_batch": 3, "run__recompute": True}
+    train_decoder(decoder_recipe(encoder, run__duration="13st", run__save_every="1st", run__keep=99, **changed), folder)
+    said = capsys.readouterr().err
+    assert "run.micro_batch is another than before: from here on sums are rounded otherwise" in said
+    assert load_recipe(DecoderRecipe, folder / "recipe.yaml").run.micro_batch == 3
+    assert log(folder, "loss")[-1] < 2
+
+
+def test_a_run_that_begins_anew_forgets_what_was_said_of_the_attempt_before(encoder, tmp_path):
+    recipe = decoder_recipe(encoder, run__duration="2st")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    earlier = {"images": 0, "about": "judge of x: another", "judge_x": "another"}
+    stopped = {"images": 0, "stopped": "the loss is nan"}
+    (tmp_path / "run/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (earlier, stopped)))
+    train_decoder(recipe, tmp_path / "run")
+    assert log(tmp_path / "run", "judge_x") == log(tmp_path / "run", "stopped") == []
+    assert lines(tmp_path / "run", "l1")
 
 
 def test_recipe_may_change_until_something_is_saved(encoder, tmp_path):

@@ -73,7 +73,7 @@ def dit_recipe(rae: Path, **changes) -> DiTRecipe:
 def adversarial(encoder: Path, *, discriminator: dict | None = None, **changes) -> dict:
     """The section of a recipe, for a discriminator on the same small encoder; both players from the first step."""
     small = {"features": str(encoder), "input_size": 16, "depths": (0,), "kernel": 3, "start": "0st"}
-    small["optim"] = {"lr": 1e-3}
+    small["optim"] = {"lr": 1e-3, "final_lr": None, "schedule": "constant", "warmup": "0st"}
     return {"start": "0st", "discriminator": small | (discriminator or {})} | changes
 
 

@@ -99,7 +99,7 @@ class RunRecord:
     def judged_from(self) -> int:
         """Step from which on the losses of stage 2 tell something, by the schedule of the newest intact checkpoint."""
         steps = (self.total or self.seen) // self.recipe.run.batch
-        return patience(steps, self.state["schedules"]["optim"][1])
+        return patience(self.recipe.optim, steps, self.state["schedules"]["optim"][1])
 
     @property
     def judged(self) -> bool:

@@ -18,13 +18,23 @@ from rae.sources import SourceError, cache_folder
 from rae.training.checkpoint import load_optimizers, load_weights, optimizer_tensors
 from rae.training.diffaug import diffaug
 from rae.training.discriminator import Discriminator, NormKind
-from rae.training.durations import Duration
+from rae.training.durations import Duration, in_images
 from rae.training.optim import OptimizerConfig, build_optimizers, set_lr
 from rae.training.run import Run
 
 DiscriminatorLoss = Literal["hinge", "vanilla"]
 Probability = Annotated[float, Field(ge=0, le=1)]
 _GENERATOR, _FAKE, _REAL = range(3)  # what an augmentation's draws are for
+
+
+class DiscriminatorOptimConfig(OptimizerConfig):
+    """The same keys with the discriminator's own defaults, each of which stays where another one is given."""
+
+    name: Literal["adamw"] = "adamw"  # Muon is for matrices, and its weights are convolutions
+    lr: PositiveFloat = 2e-4
+    final_lr: PositiveFloat | None = 2e-5
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup: Duration = "1ep"
 
 
 class DiscriminatorConfig(Config):
@@ -42,7 +52,7 @@ class DiscriminatorConfig(Config):
     # fresh: decoded again, without noise, by the weights just updated; reused: those of the decoder's own step
     augment: Probability = 1.0  # how often each kind of augmentation is done
     cutout: Probability = 0.0  # side of the square cut out, in units of the image's
-    optim: OptimizerConfig = OptimizerConfig(lr=2e-4, final_lr=2e-5, schedule="cosine", warmup="1ep", clip=None)
+    optim: DiscriminatorOptimConfig = DiscriminatorOptimConfig()
 
 
 class AdversarialConfig(Config):
@@ -115,6 +125,26 @@ def health(figures: dict[str, float], limit: float) -> str | None:
 # --- the opponent ----------------------------------------------------------------------------------------------------
 
 
+def check_adversary(config: AdversarialConfig, run: Run, *, epoch: int) -> None:
+    """Refuse settings that contradict each other, before any network is opened.
+
+    Raises:
+        ConfigError: they do.
+    """
+    own = config.discriminator
+    length = {"batch": run.config.batch, "epoch": epoch, "total": run.total}
+    if in_images(config.start, **length) < in_images(own.start, **length):
+        raise ConfigError(
+            f"the adversarial term starts at {config.start}, before its discriminator is trained, at {own.start}."
+        )
+    if own.norm == "batch" and run.micro_batch < run.local_batch:
+        raise ConfigError(
+            "loss.adversarial.discriminator.norm: batch is over the whole batch, and run.micro_batch "
+            f"{run.micro_batch} is less than the {run.local_batch} of a process; leave run.micro_batch out, or take "
+            "norm: sample."
+        )
+
+
 class Adversary:
     """The discriminator at work: its weights, its optimiser, when it plays.
 
@@ -130,17 +160,6 @@ class Adversary:
         own, section = config.discriminator, "loss.adversarial.discriminator"
         self._first = run.starts_at(f"{section}.start", own.start, epoch=epoch)
         self._begin = run.starts_at("loss.adversarial.start", config.start, epoch=epoch)
-        if self._begin < self._first:
-            raise ConfigError(
-                f"the adversarial term starts at {config.start}, before its discriminator is trained, at {own.start}."
-            )
-        if own.optim.name == "muon":
-            raise ConfigError(f"{section}.optim.name: muon is for matrices, and its weights are convolutions; adamw.")
-        if own.norm == "batch" and run.micro_batch < run.local_batch:
-            raise ConfigError(
-                f"{section}.norm: batch is over the whole batch, and run.micro_batch {run.micro_batch} is less than "
-                f"the {run.local_batch} of a process; leave run.micro_batch out, or take norm: sample."
-            )
         self.frozen = open_frozen(own.features, own.input_size).to(run.accelerator.device)
         if own.precision == "bf16":
             self.frozen.to(torch.bfloat16)

@@ -20,8 +20,16 @@ from rae.autoencoder.rae import RAE, load_decoder
 from rae.config import Config, ConfigError, Size, parse
 from rae.data.images import DataConfig, Images, Stream, loader, open_split, to_unit
 from rae.data.order import noise_draws
+from rae.training.adversarial import check_adversary
 from rae.training.checkpoint import load_optimizers, load_weights, optimizer_tensors, save_training_state
-from rae.training.held_out import EvaluationConfig, held_out_figures, open_features, open_judge, reconstructions
+from rae.training.held_out import (
+    EvaluationConfig,
+    held_out_figures,
+    open_features,
+    open_judge,
+    reconstructions,
+    spread,
+)
 from rae.training.latents import LatentCache, cache_tokens, check_crop, latent_statistics
 from rae.training.objective import LossConfig, Objective, Part
 from rae.training.optim import (
@@ -135,6 +143,7 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path, *, tokens: LatentCa
     """
     # --- validate -----------------------------------------------------------------------------------------------------
     images, held_out = open_split(recipe.data)
+    held_out = held_out and spread(held_out, recipe.run.evaluate_images)
     with Run(folder, recipe, epoch=len(images)) as run:
         device = run.accelerator.device
         choice = recipe.encoder
@@ -146,6 +155,8 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path, *, tokens: LatentCa
             std=choice.std,
         )
         config = recipe.decoder.describe(described)
+        if recipe.loss.adversarial:
+            check_adversary(recipe.loss.adversarial, run, epoch=len(images))
         _check_sizes(described, config)
         if tokens:
             _check_tokens(tokens, recipe, (1 + recipe.data.flip, len(images), math.prod(config.grid), described.width))
@@ -212,8 +223,7 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path, *, tokens: LatentCa
         judges = objective.judges()
         run.check_held_out(held_out, recipe.data, config.output_size, by=extractor.identity if extractor else "")
         if held_out and run.main:
-            kept_back = held_out, recipe.data, min(len(held_out), recipe.run.evaluate_images)
-            judge = open_judge(recipe.evaluation, extractor, rae, *kept_back, run.folder, run.leave_out)
+            judge = open_judge(recipe.evaluation, extractor, rae, held_out, recipe.data, run.folder, run.leave_out)
             judges |= {"held_out": judge.network}
         run.begin(objective.describe())
         for term, name in judges.items():
@@ -233,7 +243,8 @@ def train_decoder(recipe: DecoderRecipe, folder: str | Path, *, tokens: LatentCa
                 run.tell(adversary=objective.health(run.log(lr=lr)))
             if run.due("evaluate") and run.main:
                 if held_out:
-                    run.judge(best_by=judge.figure, **held_out_figures(rae, judge, *kept_back, run.leave_out))
+                    found = held_out_figures(rae, judge, held_out, recipe.data, run.leave_out)
+                    run.judge(best_by=judge.figure, **found)
                 run.show(reconstructions(rae, held_out or images, recipe.data))
             if run.due("keep"):
                 run.keep(save_model)

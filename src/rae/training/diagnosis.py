@@ -11,6 +11,7 @@ from rae.config import ConfigError
 from rae.diffusion.flow import shift_factor
 from rae.diffusion.model import DiffusionModelConfig
 from rae.evaluation.flow_loss import HeldOutLoss, LatentMoments, mean_trivial_loss, width_bound
+from rae.training.dit_recipe import DiTOptimConfig
 from rae.training.optim import OptimizerConfig
 
 LOOK = 64  # latents that settings are judged by
@@ -57,10 +58,11 @@ def check_settings(
     return {name: message for name, message in found.items() if message}
 
 
-def patience(steps: int, warmup: int) -> int:
+def patience(optim: OptimizerConfig, steps: int, warmup: int) -> int:
     """Steps after which the training loss must be below the trivial predictor's: 1,000 or half of a shorter run, never
-    fewer than 100, and not before the end of the warm-up."""
-    return max(warmup, min(PATIENCE, steps // 2), SOON)
+    fewer than 100, and not before the end of a warm-up in which the learning rate rises."""
+    rising = warmup if optim.warmup_from_zero else 0
+    return max(rising, min(PATIENCE, steps // 2), SOON)
 
 
 def trivial_warning(loss: float, trivial: float, *, step: int, bound: float = 0.0) -> str | None:
@@ -127,12 +129,12 @@ class Health(NamedTuple):
 
     @classmethod
     def of(
-        cls, config: DiffusionModelConfig, moments: LatentMoments, *, decay: float, steps: int, warmup: int
+        cls, config: DiffusionModelConfig, optim: DiTOptimConfig, moments: LatentMoments, *, steps: int, warmup: int
     ) -> "Health":
-        """By the model and the moments of its latents; `steps` and `warmup` as for `check_settings`."""
+        """Arguments as of `check_settings`."""
         trivial = mean_trivial_loss(config.flow, moments.variance)
         bound = width_bound(moments.covariance, config.network.output_width, config.flow.prediction)
-        return cls(trivial, bound, patience(steps, warmup), decay)
+        return cls(trivial, bound, patience(optim, steps, warmup), optim.ema[0])
 
     def of_loss(self, loss: float, step: int) -> str | None:
         """`trivial_warning` of the training loss, once its time has come."""

@@ -15,7 +15,7 @@ from rae.autoencoder.baselines import Autoencoder, open_autoencoder
 from rae.autoencoder.rae import RAE
 from rae.config import ConfigError
 from rae.data.image_set import digest
-from rae.data.images import ImageError, Images, Stream, loader, open_split, readable, to_unit
+from rae.data.images import Images, Stream, loader, open_split, readable, to_unit
 from rae.data.latent_cache import StoredLatents
 from rae.data.order import noise_draws
 from rae.diffusion.guidance import CFG, drop_labels
@@ -25,6 +25,7 @@ from rae.evaluation.flow_loss import Batch, latent_moments, loss_by_time
 from rae.training.checkpoint import load_optimizers, load_weights, optimizer_tensors, save_training_state
 from rae.training.diagnosis import LOOK, Health, check_settings
 from rae.training.dit_recipe import DiTRecipe, DiTRunConfig, SheetConfig, describe_model
+from rae.training.held_out import spread
 from rae.training.latents import Parts, cache_latents, cached_latents, latent_error, online_latents, stored_latents
 from rae.training.optim import build_optimizers, ema_warning, make_ema, set_lr, update_ema
 from rae.training.run import DTYPES, Run
@@ -50,6 +51,7 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
     """
     # --- validate -----------------------------------------------------------------------------------------------------
     images, held_out = open_split(recipe.data)
+    judges = held_out and spread(held_out, recipe.run.evaluate_images)
     with Run(folder, recipe, epoch=len(images)) as run:
         device = run.accelerator.device
         rae = open_autoencoder(recipe.rae).to(device)
@@ -114,17 +116,16 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
             """Figures and a sheet, by the main process; of models that are spread, by all, each of which has a part."""
             if not run.main and not is_sharded(ema.network):
                 return
-            if held_out:
-                count = min(len(held_out), recipe.run.evaluate_images)
-                kept_back = _held_out(recipe, rae, held_out, range(count), run.leave_out)
-                found = loss_by_time(ema, kept_back, count=count, seed=_FIXED, online=model)
+            if judges:
+                kept_back = _encoded(recipe, rae, judges, run.leave_out)
+                found = loss_by_time(ema, kept_back, count=len(judges), seed=_FIXED, online=model)
                 run.judge(best_by="held_out_loss", **found.figures(config, moments))
                 run.tell(ema=health.of_average(found, run.step))
             sheet = _samples(ema, rae, recipe.sheet)
             if run.main:
                 run.show(sheet)
 
-        run.check_held_out(held_out, recipe.data, rae.image_size)
+        run.check_held_out(judges, recipe.data, rae.image_size)
         first, rounding = _first_latents(recipe, rae, held_out or images), {}
         if recipe.encoder.precision != "fp32":
             rae.encoder.to(DTYPES[recipe.encoder.precision])
@@ -134,7 +135,7 @@ def train_dit(recipe: DiTRecipe, folder: str | Path) -> Path:
         batches = _latents(recipe, rae, images, stored, run)
         standardised = rae.latent_mean is not None if isinstance(rae, RAE) else None
         schedule = {"steps": run.total // recipe.run.batch, "warmup": run.warmup("optim")}
-        health = Health.of(config, moments, decay=recipe.optim.ema[0], **schedule)
+        health = Health.of(config, recipe.optim, moments, **schedule)
         doubts = check_settings(config, recipe.optim, moments, len(first), standardised=standardised, **schedule)
         run.begin(_describe_rounding(**rounding) if rounding else None)
         if rounding:
@@ -219,12 +220,11 @@ def _latents(
     return online_latents(rae, run.watch_broken(stream, loader(stream, run.positions(), recipe.data)), run.micro_batch)
 
 
-def _held_out(
-    recipe: DiTRecipe, rae: Autoencoder, images: Images, which: range, left_out: Callable[[str], object]
-) -> Iterator[Batch]:
+def _encoded(recipe: DiTRecipe, rae: Autoencoder, images: Images, left_out: Callable[[str], object]) -> Iterator[Batch]:
     """Latents, labels and numbers of these images, no label dropped."""
     device = next(rae.decoder.parameters()).device
-    for batch in readable(images, recipe.data, rae.image_size, which, batch=64, left_out=left_out):
+    every = range(len(images))
+    for batch in readable(images, recipe.data, rae.image_size, every, batch=64, left_out=left_out):
         labels = batch["label"].to(device)
         if recipe.network.unconditional:
             labels = torch.zeros_like(labels)  # the null label of a model without classes
@@ -232,16 +232,9 @@ def _held_out(
 
 
 def _first_latents(recipe: DiTRecipe, rae: Autoencoder, images: Images) -> torch.Tensor:
-    """Some latents of images spread evenly over all, which may lie class by class: settings and losses are judged by
-    them."""
-    count = min(len(images), LOOK)
-    stride = len(images) // count
-    which = range(0, count * stride, stride)
-    for latents, _, _ in _held_out(recipe, rae, images, which, lambda _: None):
-        return latents
-    raise ImageError(
-        f"none of {count} images that were tried can be read; the first is {images.names[0]}. Replace or remove them."
-    )
+    """Some latents of images: settings and losses are judged by them."""
+    latents, _, _ = next(_encoded(recipe, rae, spread(images, LOOK), lambda _: None))
+    return latents
 
 
 def _describe_rounding(precision: str, latent_error: float, latent_snr: float) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rae.autoencoder.rae import RAE
 from rae.config import Config, ConfigError
-from rae.data.images import DataConfig, Images, Views, readable, to_bytes, to_unit
+from rae.data.images import DataConfig, Images, Views, readable, subset, to_bytes, to_unit
 from rae.evaluation.features import INCEPTION, Extractor, open_extractor
 from rae.evaluation.frechet import Moments, Normal, distance_between, normal
 from rae.evaluation.reconstruction import WINDOW, psnr, ssim
@@ -84,13 +84,19 @@ def open_features(config: EvaluationConfig, device: torch.device) -> Extractor |
         raise ConfigError(f"evaluation.features: {error}") from error
 
 
+def spread(images: Images, most: int) -> Images:
+    """`most` of the images, or all: evenly spread over them, since sources list theirs class by class."""
+    if len(images) <= most:
+        return images
+    return subset(images, [i * len(images) // most for i in range(most)])
+
+
 def open_judge(
     config: EvaluationConfig,
     extractor: Extractor | None,
     rae: RAE,
     images: Images,
     data: DataConfig,
-    count: int,
     folder: Path,
     left_out: Callable[[str], object],
 ) -> Judge:
@@ -99,7 +105,7 @@ def open_judge(
     Args:
         config: of the recipe; `extractor` is what `open_features` made of it.
         rae: the run's own, its encoder as it computes in training.
-        images, data, count: the first `count` of these images, read as `data` says.
+        images, data: the held-out ones, and how they are read.
         folder: of the run.
         left_out: is told the name of every image that cannot be read.
 
@@ -116,12 +122,12 @@ def open_judge(
     features = of_extractor if extractor else of_encoder
     by = extractor.identity if extractor else f"{rae.encoder.identity()} {next(rae.encoder.parameters()).dtype}"
     network = f"{extractor.name} ({by[:12]})" if extractor else f"mean tokens of the encoder, {rae.encoder.config.name}"
-    of = hashlib.sha256(f"{count} {images.identity} {rae.output_size} {by}".encode()).hexdigest()
+    of = hashlib.sha256(f"{len(images)} {images.identity} {rae.output_size} {by}".encode()).hexdigest()
     path = folder / f"held-out-{of[:12]}.safetensors"
     if not path.exists():
         device, moments = next(rae.decoder.parameters()).device, None
         with torch.no_grad():
-            for batch in readable(images, data, rae.output_size, range(count), batch=BATCH, left_out=left_out):
+            for batch in readable(images, data, rae.output_size, range(len(images)), batch=BATCH, left_out=left_out):
                 found = features(to_unit(batch["image"].to(device)))
                 moments = moments or Moments(found.shape[1])
                 moments.update(found)
@@ -138,15 +144,15 @@ def open_judge(
 
 @torch.no_grad()
 def held_out_figures(
-    rae: RAE, judge: Judge, images: Images, data: DataConfig, count: int, left_out: Callable[[str], object]
+    rae: RAE, judge: Judge, images: Images, data: DataConfig, left_out: Callable[[str], object]
 ) -> dict[str, float]:
-    """How well the first `count` held-out images are reconstructed, without noise; arguments as of `open_judge`.
+    """How well held-out images are reconstructed, without noise; arguments as of `open_judge`.
 
     held_out_l1 (not clamped), held_out_psnr and held_out_ssim of clamped images, and the judge's Frechet distance
     between originals and reconstructions: with few images it is biased upwards, by the same for every step of a run.
     """
     device, figures, moments = next(rae.decoder.parameters()).device, {"l1": [], "psnr": [], "ssim": []}, None
-    for batch in readable(images, data, rae.output_size, range(count), batch=BATCH, left_out=left_out):
+    for batch in readable(images, data, rae.output_size, range(len(images)), batch=BATCH, left_out=left_out):
         image = to_unit(batch["image"].to(device))
         decoded = _reconstruct(rae, image)
         shown = decoded.clamp(0, 1)
@@ -164,9 +170,10 @@ def held_out_figures(
 
 
 def reconstructions(rae: RAE, images: Images, data: DataConfig) -> list[Tensor]:
-    """Rows of a sheet, [0,1] images [B,3,H,W]: the first eight images, and their reconstructions."""
-    views = Views(images, data, rae.output_size)
-    image = to_unit(torch.stack([views[i]["image"] for i in range(min(8, len(images)))]))
+    """Rows of a sheet, [0,1] images [B,3,H,W]: eight of the images, and their reconstructions."""
+    shown = spread(images, 8)
+    views = Views(shown, data, rae.output_size)
+    image = to_unit(torch.stack([views[i]["image"] for i in range(len(shown))]))
     return [image, _reconstruct(rae, image.to(next(rae.decoder.parameters()).device)).cpu()]
 
 

@@ -54,7 +54,7 @@ class OptimizerConfig(Config):
         if (self.schedule == "constant") != (self.final_lr in (None, self.lr)):
             raise ValueError(
                 f"schedule {self.schedule!r} with lr {self.lr:g} and final_lr {self.final_lr}: give final_lr with "
-                '"linear" or "cosine", and leave it out with "constant"'
+                '"linear" or "cosine", and none (null) with "constant"'
             )
         return self
 

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -22,7 +23,7 @@ from rae.data.order import batch_positions
 from rae.processes import accelerator
 from rae.training.checkpoint import checkpoints, keep_models, newest_checkpoint, read_state, save_checkpoint
 from rae.training.display import progress, save_sheet
-from rae.training.durations import Duration, in_images, start_warning
+from rae.training.durations import Duration, best_warning, exact_images, in_images, start_warning
 from rae.training.optim import OptimizerConfig, learning_rate, schedule_warning
 from rae.training.run_folder import (
     TrainingError,
@@ -53,7 +54,7 @@ class RunConfig(Config):
     compile: bool = False  # torch.compile the trained network: a minute at the start, faster steps
     log_every: Duration = "50st"
     evaluate_every: Duration = "10%"  # held-out loss and a sheet of pictures
-    evaluate_images: PositiveInt = 256  # of the held-out ones, at most
+    evaluate_images: PositiveInt = 256  # of the held-out ones, at most, evenly spread over them
     save_every: Duration = "10%"
     keep: PositiveInt = 2  # newest checkpoints that stay
     keep_at: tuple[Duration, ...] = ()  # moments whose models stay for good, in kept/: AutoGuidance wants an early one
@@ -66,7 +67,7 @@ class Run:
     Attributes:
         folder, config: of the run.
         accelerator: placement of models and, with several processes, the talk between them.
-        total: images of the whole run; `every[...]` are the intervals in images.
+        total: images of the whole run; `every[...]` are the intervals in images, and parts of one.
         local_batch: images of this process in one step; `micro_batch` of them at a time.
         checkpoint: the one to go on from, or None.
         seen: images seen.
@@ -93,7 +94,7 @@ class Run:
             raise ConfigError(f"run.duration {config.duration} is less than one batch of {batch} images.")
         convert = {"batch": batch, "epoch": epoch, "total": self.total}
         self.every = {
-            name: max(in_images(getattr(config, f"{name}_every"), **convert), batch)
+            name: max(exact_images(getattr(config, f"{name}_every"), **convert), Fraction(batch))
             for name in ("log", "evaluate", "save")
         }
         self._keep = {in_images(moment, **convert): moment for moment in config.keep_at}
@@ -125,7 +126,7 @@ class Run:
         with contextlib.ExitStack() as stack:
             if self.main:
                 stack.enter_context(claim(self.folder))
-                check_recipe(self.folder, self.recipe)
+                self.warn(check_recipe(self.folder, self.recipe))
                 check_log(self.folder)
                 if not checkpoints(self.folder):
                     keep_recipe(self.folder, self.recipe)
@@ -229,7 +230,7 @@ class Run:
         if (begun := state.get("device", self.accelerator.device.type)) != self.accelerator.device.type:
             self.warn(
                 f"the run was on {begun} and goes on on {self.accelerator.device.type}: from here on its noise is "
-                f"another than it would have been, as good as that. On {begun} it ends in the same bits."
+                "another than it would have been, as good as that."
             )
         for section, steps in self._schedules.items():
             begun = state["schedules"][section]
@@ -247,7 +248,8 @@ class Run:
             self._say(title)
         if self.main:
             keep_recipe(self.folder, self.recipe)  # not before: what is refused leaves the run as it was
-        kept = truncate_log(self.folder / "log.jsonl", self.seen) if self.main else []
+        # Without a checkpoint it begins anew, perhaps by another recipe: nothing that was said of it before holds.
+        kept = truncate_log(self.folder / "log.jsonl", self.seen if self.checkpoint else -1) if self.main else []
         self._unreadable.remember(kept)
         self._told |= {line["about"] for line in kept if "about" in line}
         if self.config.trackers:
@@ -277,7 +279,9 @@ class Run:
     def due(self, what: Literal["log", "evaluate", "keep", "save"]) -> bool:
         if what == "keep":
             return self.seen in self._keep
-        return self.seen % self.every[what] == 0 or self.finished or (what == "save" and self.stop is not None)
+        # The first step at or past a multiple: so those of 1ep are among those of 0.25ep, whatever the batch.
+        passed = self.seen // self.every[what] > (self.seen - self.config.batch) // self.every[what]
+        return passed or self.finished or (what == "save" and self.stop is not None)
 
     def log(self, **figures: float) -> dict[str, float]:
         """All processes call it: log.jsonl and trackers get the averages since the last line, and `figures`."""
@@ -363,7 +367,7 @@ class Run:
         best one is forgotten.
 
         Args:
-            images, data, size: the held-out ones, how they are read, and (H, W) of their crops.
+            images, data, size: those that judge, how they are read, and (H, W) of their crops.
             by: identity of what judges them, where the run's own networks do not.
 
         Raises:
@@ -371,13 +375,13 @@ class Run:
         """
         if not images:
             return
-        judged_by = f"{min(len(images), self.config.evaluate_images)} of {images.identity}{by and f' by {by}'}"
+        judged_by = f"{len(images)} of {images.identity}{by and f' by {by}'}"
         if self._judged_by not in (None, judged_by):
             self._best = math.inf
             self.warn("held-out images, or what judges them, are not those of before: `best` is found anew")
         self._judged_by = judged_by
         if self.main:
-            self._unreadable.check_held_out(images, data, size, self.config.evaluate_images)
+            self._unreadable.check_held_out(images, data, size)
 
     def judge(self, *, best_by: str, **figures: float) -> None:
         """Record figures of held-out images; a checkpoint of this step becomes the `best` if none had a lower one."""
@@ -387,17 +391,8 @@ class Run:
 
     def _say_where_best_is_found(self) -> None:
         """`best` names a checkpoint, so a step that is judged and not saved cannot become it."""
-        evaluate, save = (self.every[name] for name in ("evaluate", "save"))
-        judged, both = ((self.total - 1) // images for images in (evaluate, math.lcm(evaluate, save)))  # before the end
-        if judged == both:
-            return
-        evaluate, save = (images // self.config.batch for images in (evaluate, save))
-        message = (
-            f"held-out images are judged every {evaluate:,} steps and checkpoints saved every {save:,}: `best` is "
-            f"chosen among {both + 1:,} of the {judged + 1:,} steps that are judged, {'with' if both else 'which is'} "
-            f"the last one.\nrun.save_every={evaluate}st saves all that are judged, run.evaluate_every={save}st judges "
-            "all that are saved."
-        )
+        intervals = self.config.evaluate_every, self.config.save_every
+        message, both = best_warning(*intervals, batch=self.config.batch, epoch=self._epoch, total=self.total)
         if both:
             self.warn(message)
         else:

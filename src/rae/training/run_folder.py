@@ -26,6 +26,9 @@ from rae.folders import aside, checkpoints, locked
 # where things lie; that they are the same things, checksums decide.
 FREE = {"run.duration", "run.log_every", "run.save_every", "run.evaluate_every", "run.keep", "run.trackers"}
 FREE |= {"run.keep_at", "run.sharding"}  # what stays, and who holds which part: checkpoints are the same
+FREE |= {"run.recompute"}  # the same operations, done twice
+ROUNDING = {"run.micro_batch", "run.compile"}  # the same sums in another order, as by other processes
+FREE |= ROUNDING
 FREE |= {"run.evaluate_images", "sheet.images", "sheet.steps", "sheet.cfg", "data.workers"}
 FREE |= {"evaluation.features", "evaluation.weights"}  # by another network `best` is found anew
 FREE |= {"optim.warmup", "optim.decay_end"}
@@ -73,18 +76,21 @@ def _take_back(folder: Path, before: set[Path], made: list[Path]) -> None:
                 path.rmdir() if path.is_dir() else path.unlink()
 
 
-def check_recipe(folder: Path, recipe: Config) -> None:
-    """Refuse to go on from a checkpoint with another recipe, except for what is `FREE`."""
+def check_recipe(folder: Path, recipe: Config) -> str | None:
+    """Refuse to go on from a checkpoint with another recipe, except for what is `FREE`; what to say of `ROUNDING`."""
     path, asked = folder / "recipe.yaml", flatten(recipe.model_dump(mode="json"))
     if path.exists() and checkpoints(folder):
         begun = flatten(load_recipe(type(recipe), path).model_dump(mode="json"))
-        changed = [key for key in asked.keys() | begun.keys() if asked.get(key) != begun.get(key) and key not in FREE]
-        if changed:
-            lines = "\n".join(f"  {key}: {begun.get(key)!r} -> {asked.get(key)!r}" for key in sorted(changed))
+        changed = {key for key in asked.keys() | begun.keys() if asked.get(key) != begun.get(key)}
+        if refused := changed - FREE:
+            lines = "\n".join(f"  {key}: {begun.get(key)!r} -> {asked.get(key)!r}" for key in sorted(refused))
             raise ConfigError(
                 f"{folder} was begun with another recipe:\n{lines}\nBegin a new run in another folder, or ask for the "
                 f"same; only {', '.join(sorted(FREE & asked.keys()))} may change."
             )
+        if other := sorted(changed & ROUNDING):
+            return f"{', '.join(other)} is another than before: from here on sums are rounded otherwise"
+    return None
 
 
 def check_identity(folder: Path, state: Mapping[str, Any], identity: Mapping[str, str], epoch: int) -> None:
