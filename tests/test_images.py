@@ -1,5 +1,7 @@
 """Images: ADM's crop bit for bit, an exact order, views that depend on (seed, position) alone, clear errors."""
 
+import errno
+import hashlib
 import os
 import struct
 import zlib
@@ -149,6 +151,105 @@ def test_links_in_circles_are_read_once(folder):
     ]
     assert sum("/b/a/" in name for name in images.names) == 2  # another class may link to the same images
     assert len(images) == 7
+
+
+def test_a_link_that_leads_nowhere_is_an_image_that_cannot_be_read(folder):
+    whole, away = open_images(folder), folder.parent / "away"
+    for name in ("b/2.jpg", "a/0.png", "a/1.webp"):
+        (folder / name).unlink()
+        (folder / name).symlink_to(away / name)
+    with pytest.warns(
+        PassedOver, match=rf"3 of 5 images .*: {folder}/a/0\.png, .* a link to {away}/a/0\.png, which is n"
+    ):
+        images = open_images(folder)
+    assert (images.names, images.labels, images.class_names) == (whole.names, whole.labels, whole.class_names)
+    assert images.identity != whole.identity
+    assert without_images(folder) == ["empty"]
+    config, left_out = DataConfig(source=str(folder), on_broken="skip"), []
+    with pytest.raises(
+        ImageError, match=r"a/0\.png: it is a link to .*/away/a/0\.png, which is not here\. Fetch or .*skip"
+    ):
+        Views(images, config.model_copy(update={"on_broken": "error"}), (24, 24))[0]
+    read = list(readable(images, config, (24, 24), range(5), batch=5, left_out=left_out.append))
+    assert torch.cat([part["index"] for part in read]).tolist() == [2, 4]
+    assert left_out == [str(folder / name) for name in ("a/0.png", "a/1.webp", "b/2.jpg")]
+    away.symlink_to(folder / "b/0.png")  # a link to below a file
+    with pytest.warns(PassedOver):
+        assert open_images(folder).identity == images.identity
+
+
+def test_a_link_that_may_have_led_to_a_class_is_refused(folder):
+    for name in ("notes.csv", "a/labels.json", ".cache", "b/.x.png"):  # files that are no images
+        (folder / name).symlink_to(folder / "gone")
+    before = open_images(folder)
+    for name in ("dog", "n02085620", "St. Bernard", "b/more"):
+        (folder / name).symlink_to(folder / "gone")
+        with pytest.raises(ImageError, match=rf"{folder / name} leads nowhere \(No such file .* remove it\.$"):
+            open_images(folder)
+        with pytest.raises(ImageError, match="leads nowhere"):
+            without_images(folder)
+        (folder / name).unlink()
+    assert open_images(folder).identity == before.identity
+
+
+@pytest.mark.parametrize("part", ["", "b", "b/deep", "empty"])
+def test_a_folder_that_cannot_be_listed_ends_it(folder, part, monkeypatch):
+    scandir = os.scandir
+
+    def broken(path):
+        if Path(path) == folder / part:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", broken)
+    for look in (open_images, without_images)[: 1 if part == "b/deep" else 2]:  # there are images in b itself
+        with pytest.raises(
+            ImageError, match=rf"^{folder / part} cannot be listed \(Input/output error\): .* move it away"
+        ):
+            look(folder)
+
+
+def test_what_the_disk_keeps_for_itself_is_no_class(folder, monkeypatch):
+    (folder / "lost+found").mkdir()
+    before, scandir = open_images(folder), os.scandir
+
+    def denied(path):
+        if Path(path).name == "lost+found":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    assert open_images(folder).identity == before.identity
+
+
+def test_a_file_that_cannot_be_looked_at_is_named(folder):
+    (folder / "b/circle.png").symlink_to("circle.png")
+    with pytest.raises(ImageError, match=r"b/circle\.png: Too many levels of symbolic links\. Mount"):
+        open_images(folder)
+
+
+def test_what_is_no_file_is_left_alone(folder):
+    before = open_images(folder)
+    os.mkfifo(folder / "b/pipe.png")
+    (folder / "b/link.png").symlink_to(folder / "b/pipe.png")
+    assert open_images(folder).identity == before.identity
+
+
+def test_ordinary_files_are_looked_at_once(folder, monkeypatch):
+    """1.28 million of them on a network's disk."""
+    looked, stat = [], os.stat
+    monkeypatch.setattr(
+        os, "stat", lambda path, *args, **options: looked.append(str(path)) or stat(path, *args, **options)
+    )
+    images = open_images(folder)
+    assert sorted(path for path in looked if path.lower().endswith((".png", ".jpg", ".webp"))) == sorted(images.names)
+
+
+def test_identity_of_a_folder_is_what_it_has_always_been(folder):
+    for size, name in enumerate(["b/0.png", "b/deep/1.PNG", "b/2.jpg", "a/0.png", "a/1.webp"]):
+        (folder / name).write_bytes(bytes(size))
+    listing = "a/0.png 3\na/1.webp 4\nb/0.png 0\nb/2.jpg 2\nb/deep/1.PNG 1"
+    assert open_images(folder).identity == hashlib.sha256(listing.encode()).hexdigest()
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".AVIF", ".heic", ".jfif"])
@@ -339,8 +440,9 @@ def test_broken_image_is_named(folder, workers):
     truncate(folder / "b/2.jpg")
     config = DataConfig(source=str(folder), workers=workers)
     stream = Stream(open_images(folder), config, (24, 24), seed=0)
-    message = r"^[^\n]*b/2\.jpg: cannot be decoded \([^\n]*truncated[^\n]*data\.on_broken: skip in a recipe, "
-    message += r"--skip-broken of a command\.$"
+    message = (
+        r"^[^\n]*b/2\.jpg: cannot be decoded \([^\n]*truncated[^\n]*--skip-broken, in a recipe data\.on_broken: skip\.$"
+    )
     with pytest.raises(ImageError, match=message):
         list(loader(stream, [range(5)], config))
 

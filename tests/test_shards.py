@@ -185,7 +185,9 @@ def test_broken_images_are_named_skipped_or_fatal(tmp_path):
     source = shard(tmp_path / "x.tar", {"0.png": png(0), "1.png": png(1)[:300], "2.png": png(2)})
     images = open_images(source)
     config = DataConfig(source=source)
-    with pytest.raises(ImageError, match=r"^[^\n]*x\.tar key 1: cannot be decoded \(.*truncated.*skip in a recipe"):
+    with pytest.raises(
+        ImageError, match=r"^[^\n]*x\.tar key 1: cannot be decoded \(.*truncated.*in a recipe data\.on_broken: skip"
+    ):
         list(loader(Stream(images, config, (16, 16), seed=0), [range(3)], config))
     config = config.model_copy(update={"on_broken": "skip"})
     (batch,) = loader(Stream(images, config, (16, 16), seed=0), [range(3)], config)
@@ -216,6 +218,20 @@ def test_files_of_a_range_must_all_be_there(tmp_path):
     for missing in ("nothing.tar", "val-*.tar"):
         with pytest.raises(ImageError, match=r"\.tar: no such file"):
             open_images(tmp_path / missing)
+
+
+def test_a_shard_whose_link_leads_nowhere_is_missing(tmp_path):
+    for part in range(2):
+        shard(tmp_path / f"train/train-{part:03}.tar", samples([part]))
+    (tmp_path / "train/train-001.tar").rename(tmp_path / "blob")
+    (tmp_path / "train/train-001.tar").symlink_to(tmp_path / "blob")
+    assert len(open_images(tmp_path / "train")) == 2
+    (tmp_path / "blob").unlink()
+    for source in ("train", "train/*.tar", "train/train-{000..001}.tar", "train/train-001.tar"):
+        with pytest.raises(
+            ImageError, match=rf"train-001\.tar: it is a link to {tmp_path}/blob, which is not here\. Fetch"
+        ):
+            open_images(tmp_path / source)
 
 
 def test_folders_that_mean_several_things(tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rae.data.image_set import SUFFIXES, ImageError, Images, PassedOver, digest, read_image
+from rae.data.image_set import SKIP, SUFFIXES, ImageError, Images, PassedOver, digest, not_there, read_image
 
 # images as well, and not read
 OTHER_SUFFIXES = (
@@ -23,6 +23,8 @@ OTHER_SUFFIXES = (
 )
 FOLDER_SUFFIXES = (".parquet", ".arrow", ".tar")  # files that hold many images
 DATA_SUFFIXES = (*FOLDER_SUFFIXES, ".npz")  # which must be named: in a folder of images it may hold anything of them
+LOST_AND_FOUND = "lost+found"  # where a disk is mounted: its own, which nobody else can list
+FILE_NAME = re.compile(r"\.[A-Za-z]\w*$")  # ends as that of a file, and not as "n01440764" or "St. Bernard"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 # Colour photographs that lie inside the scikit-image package itself; the others would be downloaded.
 PHOTOGRAPHS = (
@@ -49,7 +51,8 @@ def find_data_files(source: str) -> list[Path]:
             in it.
 
     Raises:
-        ImageError: files of several kinds or parts, some that are missing, images beside them, compressed tar files.
+        ImageError: files of several kinds or parts, some that are missing, images beside them, compressed tar files; or
+            a folder that cannot be listed.
     """
     path = Path(source)
     if path.is_dir():
@@ -69,11 +72,11 @@ def find_data_files(source: str) -> list[Path]:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    files = sorted(f for f in folder.iterdir() if f.suffix in FOLDER_SUFFIXES and f.name[0] != "." and f.is_file())
+    names, classes = _contents(folder)
+    files = [folder / name for name in names if _ends(name, FOLDER_SUFFIXES)]
     if not files:
         return []
-    flat, folders = _contents(folder)
-    below = (str(image.relative_to(folder)) for part in folders for image in _walk(part, folder))
+    flat, below = (name for name in names if _ends(name)), (image for part in classes for image in _walk(folder, part))
     if image := next(chain(flat, below), None):
         raise ImageError(
             f"{folder} holds images ({image}, for one) and also {len(files)} files like "
@@ -93,6 +96,8 @@ def _of_one_kind(source: str, files: list[Path]) -> list[Path]:
     kinds = sorted({file.suffix for file in files})
     if len(kinds) > 1:
         raise ImageError(f"{source} means files of {len(kinds)} kinds ({', '.join(kinds)}); write a pattern for one.")
+    if gone := next((file for file in files if not file.exists()), None):
+        raise ImageError(f"{gone}: {not_there(gone)}. Fetch or mount what is missing, or name files that are here.")
     return files
 
 
@@ -117,36 +122,36 @@ def _alternatives(text: str) -> Iterator[str]:
 def open_folder(root: Path) -> Images:
     """A folder of images: sub-folders that hold some are classes, in sorted order; a flat folder has none.
 
-    One image file is a set of one.
+    One image file is a set of one. A link that leads nowhere is an image that cannot be read if it is one by its name.
 
     Raises:
-        ImageError: no such folder, an empty one, one with images both in it and in sub-folders, or a class whose images
-            are all of a kind that is not read.
+        ImageError: no such folder, an empty one, one with images both in it and in sub-folders, a class whose images
+            are all of a kind that is not read, or a folder that cannot be listed.
 
     Warns:
-        PassedOver: some images are of a kind that is not read.
+        PassedOver: some images are of a kind that is not read, or are not there.
     """
-    if _is_image(root):
+    if _ends(root.name) and root.is_file():
         return _from_files(root.parent, [root.name], [0], None)
     if root.is_file():
         raise ImageError(f"{root} is a file of a kind that is not read ({', '.join((*SUFFIXES, *DATA_SUFFIXES))}).")
     if not root.is_dir():
         known = "a folder, .parquet, .arrow, .tar or .npz files, hf:owner/name, digits or photographs"
         raise ImageError(f"{root}: no such folder of images. A source is {known}.")
-    flat, folders = _contents(root)
-    other = sorted(name for name in os.listdir(root) if _is_image(root / name, OTHER_SUFFIXES))
+    names, folders = _contents(root)
+    flat, other = ([name for name in names if _ends(name, kinds)] for kinds in (SUFFIXES, OTHER_SUFFIXES))
     classes = {}
     for folder in folders:
-        found = sorted(str(file.relative_to(root)) for file in _walk(folder, root, SUFFIXES + OTHER_SUFFIXES))
-        files = [file for file in found if file.lower().endswith(SUFFIXES)]
+        found = sorted(_walk(root, folder, SUFFIXES + OTHER_SUFFIXES))
+        files = [file for file in found if _ends(file)]
         if files:
-            classes[folder.name] = files
+            classes[folder] = files
         elif found and not flat:
             raise ImageError(
-                f"{folder} would be a class, but of its images none is of a kind that is read ({', '.join(SUFFIXES)}): "
-                f"{Path(found[0]).name}, for one. Convert them, or move the folder away."
+                f"{root / folder} would be a class, but of its images none is of a kind that is read "
+                f"({', '.join(SUFFIXES)}): {Path(found[0]).name}, for one. Convert them, or move the folder away."
             )
-        other += [file for file in found if file.lower().endswith(OTHER_SUFFIXES)]
+        other += [file for file in found if _ends(file, OTHER_SUFFIXES)]
     if flat and classes:
         raise ImageError(
             f"{root} holds {len(flat)} images and also {len(classes)} folders of images ({', '.join(classes)[:80]}): "
@@ -176,8 +181,9 @@ def without_images(root: Path) -> list[str]:
     """Names of the folders beside classes that hold no image that is read, and so are none; none for other sources."""
     if not root.is_dir() or find_data_files(str(root)):
         return []
-    flat, folders = _contents(root)
-    return [] if flat else [folder.name for folder in folders if next(_walk(folder, root), None) is None]
+    names, folders = _contents(root)
+    flat = any(_ends(name) for name in names)
+    return [] if flat else [folder for folder in folders if next(_walk(root, folder), None) is None]
 
 
 def _counted(files: Sequence[str]) -> str:
@@ -186,33 +192,95 @@ def _counted(files: Sequence[str]) -> str:
     return ", ".join(f"{count:,} {kind}" for kind, count in kinds)
 
 
-def _contents(root: Path) -> tuple[list[str], list[Path]]:
-    """Names of the images in a folder itself, and its sub-folders."""
-    flat = sorted(name for name in os.listdir(root) if _is_image(root / name))
-    return flat, sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _contents(root: Path) -> tuple[list[str], list[str]]:
+    """Names of the files in a folder and of its sub-folders, without hidden ones."""
+    return tuple([name for name in names if not name.startswith(".")] for names in _list(root))
 
 
-def _walk(folder: Path, root: Path, suffixes: Sequence[str] = SUFFIXES) -> Iterator[Path]:
-    """The images below a class's folder; a folder that links lead to in several ways, or in circles, is read once."""
-    seen = {os.path.realpath(root)}
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:
-            folders.clear()
+def _walk(root: Path, folder: str, suffixes: tuple[str, ...] = SUFFIXES) -> Iterator[str]:
+    """The images below a class's folder, as paths from `root` on.
+
+    A folder that links lead to in several ways, or in circles, is read once.
+    """
+    seen, left = {os.path.realpath(root)}, [folder]
+    while left:
+        part = left.pop()
+        if (real := os.path.realpath(root / part)) in seen:
             continue
         seen.add(real)
-        folders.sort()  # the first way to it, in every run
-        yield from (path for name in names if _is_image(path := Path(parent, name), suffixes))
+        files, folders = _list(root / part)
+        yield from (f"{part}/{name}" for name in files if _ends(name, suffixes) and not name.startswith("."))
+        left += [f"{part}/{name}" for name in reversed(folders)]  # the first way to it, in every run
 
 
-def _is_image(path: Path, suffixes: Sequence[str] = SUFFIXES) -> bool:
-    return path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
+def _list(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the files in a folder, links that lead nowhere among them, and of its sub-folders; both in order.
+
+    The folder itself tells which is which: nothing is asked of the disk about ordinary files.
+
+    Raises:
+        ImageError: it cannot be listed, or a link in it that cannot be followed may lead to a folder.
+    """
+    files, folders = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                is_file, is_folder = _kind(entry)
+                files += [entry.name] * is_file
+                folders += [entry.name] * is_folder
+    except OSError as error:
+        if folder.name == LOST_AND_FOUND and isinstance(error, PermissionError):
+            return [], []
+        raise ImageError(
+            f"{folder} cannot be listed ({error.strerror}): images would be missing, and classes have other numbers. "
+            "Mount it again, have its permissions changed, or move it away."
+        ) from error
+    return sorted(files), sorted(folders)
+
+
+def _kind(entry: os.DirEntry) -> tuple[bool, bool]:
+    """Whether it is a file, and whether it is a folder; a pipe is neither."""
+    try:
+        if entry.is_symlink():
+            entry.stat()  # raises where the link leads nowhere
+        return entry.is_file(), entry.is_dir()
+    except OSError as error:
+        if FILE_NAME.search(entry.name) or entry.name.startswith("."):
+            return True, False
+        raise ImageError(
+            f"{entry.path} leads nowhere ({error.strerror}) and may have been a folder of images: fetch or mount what "
+            "it links to, or remove it."
+        ) from error
+
+
+def _ends(name: str, suffixes: tuple[str, ...] = SUFFIXES) -> bool:
+    return name.lower().endswith(suffixes)
 
 
 def _from_files(root: Path, files: Sequence[str], labels: list[int], class_names: list[str] | None) -> Images:
     paths = [str(root / file) for file in files]
-    listing = [f"{file} {os.path.getsize(path)}" for file, path in zip(files, paths)]
+    sizes = [_size(path) for path in paths]
+    if gone := [path for path, size in zip(paths, sizes) if size < 0]:
+        warnings.warn(
+            f"{root}: {len(gone):,} of {len(paths):,} images cannot be read: {gone[0]}, for one, where "
+            f"{not_there(gone[0])}. Fetch or remove them, {SKIP}",
+            PassedOver,
+            stacklevel=2,
+        )
+    listing = [f"{file} {size}" for file, size in zip(files, sizes)]
     return Images(paths, labels, class_names, digest(listing), functools.partial(_read_file, paths))
+
+
+def _size(path: str) -> int:
+    """Bytes of a file; -1 of one that is not there, as where a link leads nowhere."""
+    try:
+        return os.path.getsize(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return -1
+    except OSError as error:
+        raise ImageError(
+            f"{path}: {error.strerror}. Mount it again, have its permissions changed, or remove it."
+        ) from error
 
 
 def _read_file(paths: list[str], index: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import re
 import struct
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 NO_CLASSES = "or leave classes alone: --label '', in a recipe data.label= and nothing behind it."
+SKIP = "or have it skipped: --skip-broken, in a recipe data.on_broken: skip."
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -66,15 +68,19 @@ def read_image(file: str | Path | bytes, name: str | None = None) -> np.ndarray:
                 picture = Image.alpha_composite(white, picture.convert("RGBA"))
             return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
     except FileNotFoundError as error:
-        raise ImageError(f"{name}: there is no such file (any more).") from error
+        raise ImageError(f"{name}: {not_there(file)}. Fetch or remove it, {SKIP}") from error
     except (OSError, SyntaxError, TypeError, ValueError, struct.error, Image.DecompressionBombError) as error:
         if isinstance(error, ImageError):
             raise
         reason = "not an image that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-        raise ImageError(
-            f"{name}: cannot be decoded ({reason}). Replace or remove it, or have it skipped: data.on_broken: "
-            "skip in a recipe, --skip-broken of a command."
-        ) from error
+        raise ImageError(f"{name}: cannot be decoded ({reason}). Replace or remove it, {SKIP}") from error
+
+
+def not_there(file: str | Path) -> str:
+    """What a file is that is not there."""
+    if os.path.islink(file):
+        return f"it is a link to {os.readlink(file)}, which is not here"
+    return "there is no such file (any more)"
 
 
 def digest(lines: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rae.data.image_set import NO_CLASSES, ImageError, Images, digest, read_image
+from rae.data.image_set import NO_CLASSES, SKIP, ImageError, Images, digest, read_image
 
 HUB = re.compile(r"hf(-stream)?:(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[^:@]+))?(@(?P<split>[^@]+))?")
 LABEL = "label"  # what a column of classes that does not say so by its type is mostly called
@@ -25,7 +25,6 @@ REACH = (
     "Check owner, name, configuration and split; `hf auth login` opens those behind a licence; HF_ENDPOINT names a "
     "mirror that can be reached, HF_HOME a cache that has it."
 )
-SKIP = "or have it skipped: --skip-broken, in a recipe data.on_broken: skip."
 WHOLE, SAVED = "Copy it again, whole.", "Save it again, or copy it whole."
 SAMPLED = 64  # rows whose content the identity covers; of the others it knows the size
 
