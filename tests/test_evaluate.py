@@ -19,7 +19,9 @@ from rae.commands import feature_folder
 from rae.commands import look as look_module
 from rae.commands.look import Features
 from rae.commands.reference import Reference, role_of
-from rae.data.images import open_images, subset, to_tensor
+from rae.data.crops import center_crop
+from rae.data.images import open_images, subset, to_tensor, to_unit
+from rae.evaluation import reference as reference_module
 from rae.evaluation.features import open_extractor
 from rae.evaluation.frechet import Moments, frechet_distance
 from rae.evaluation.reconstruction import psnr
@@ -339,6 +341,42 @@ def test_a_model_of_stage_1_reconstructs_what_it_is_compared_with(runs, look, ru
     assert values(tmp_path / "again") == values(tmp_path / "out")
 
 
+def test_pairs_are_compared_at_the_size_that_is_asked_for(runs, look, run, tmp_path):
+    real = save_images(tmp_path / "real", 12, seed=1, size=(24, 20))
+    for size in ("16", "12x11"):
+        run("evaluate", runs / "decoder", "--reference", real, *look, "--size", size, "--out", tmp_path / size)
+    pairs = [np.asarray(Image.open(file)) for file in sorted((tmp_path / "16/reconstructions").glob("*.png"))]
+    halves = [[np.split(pair, 2, axis=1)[i] for pair in pairs] for i in (0, 1)]
+    for size, shape in (("16", (16, 16)), ("12x11", (12, 11))):
+        x, y = (to_unit(torch.stack([to_tensor(center_crop(each, shape)) for each in half])) for half in halves)
+        found = json.loads((tmp_path / size / "evaluation.json").read_text())
+        assert found["subject"]["size"] == list(shape)
+        assert found["figures"]["psnr"]["value"] == pytest.approx(psnr(y, x).mean().item(), rel=1e-6)
+    assert values(tmp_path / "16")["psnr"] != pytest.approx(values(tmp_path / "12x11")["psnr"], rel=1e-3)
+
+
+def test_more_samples_are_added_to_those_that_are_there(runs, look, run, tmp_path):
+    command = ["evaluate", runs / "dit", "--steps", 2, *look, "--reference", "digits", "--enlarge", "--out"]
+    run(*command, tmp_path / "out", "--num", 12)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out/samples").glob("*.png")}
+    told = run(*command, tmp_path / "out", "--num", 20)
+    assert "features of other images" in told
+    assert all(file.stat().st_mtime_ns == time for file, time in before.items())
+    assert (len(before), len(list((tmp_path / "out/samples").glob("*.png")))) == (12, 20)
+    run(*command, tmp_path / "new", "--num", 20)
+    assert values(tmp_path / "out") == pytest.approx(values(tmp_path / "new"), rel=0.01)  # a last chunk stays as it is
+    assert figures(tmp_path / "out")["frechet"]["protocol"].startswith("20 images against")
+
+
+def test_a_size_that_does_not_fit_is_refused_before_anything_is_made(runs, look, run, refused, tmp_path):
+    large, small = (save_images(tmp_path / str(side), 12, seed=1, size=(side, side)) for side in (24, 12))
+    run("reference", large, *look, "--out", tmp_path / "r.safetensors")
+    command = ["evaluate", runs / "dit", "--num", 8, "--size", 16, *look, "--out", tmp_path / "out", "--reference"]
+    assert "have 16 x 16 pixels, those of" in refused(*command, tmp_path / "r.safetensors")
+    assert "12 x 12 pixels (height x width), smaller than the 16 x 16 asked for" in refused(*command, small)
+    assert not (tmp_path / "out").exists()
+
+
 def test_samples_are_asked_for_their_class(runs, look, run, refused, tmp_path):
     reference = ["--reference", "digits", "--enlarge"]
     run("evaluate", runs / "dit", "--num", 20, "--steps", 2, *look, *reference, "--out", tmp_path / "out")
@@ -652,6 +690,35 @@ def test_features_lie_in_no_hidden_folder(tmp_path, name):
     assert feature_folder._place(tmp_path, name) == tmp_path / "_enc"
 
 
+@pytest.mark.parametrize("into", ["", "judged", "deep/judged"])
+def test_nothing_is_written_into_the_images_that_are_read(sets, runs, look, run, refused, tmp_path, into):
+    samples, real = (shutil.copytree(folder, tmp_path / folder.name) for folder in sets)
+    before = sorted(tmp_path.rglob("*"))
+    for subject, reference, inside in (
+        (samples, real, samples),
+        (samples, real, real),
+        (runs / "decoder", real, real),
+        (runs / "dit", real, real),
+    ):
+        num = ["--num", 12] if subject.name == "dit" else []
+        told = refused("evaluate", subject, "--reference", reference, *num, *look, "--out", inside / into)
+        assert f"--out {inside / into} is inside {inside}, where what is written would be taken for its images" in told
+    told = refused("reference", real, *look, "--out", real / into / "r.safetensors")
+    assert f"is inside {real}" in told
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_evaluation_may_lie_in_the_run_that_it_is_of(runs, look, run, tmp_path):
+    decoder, real = shutil.copytree(runs / "decoder", tmp_path / "run"), save_images(tmp_path / "real", 8, seed=1)
+    run("evaluate", decoder, "--reference", real, *look, "--out", decoder / "judged")
+    assert (decoder / "judged/evaluation.json").is_file()
+
+
+def test_a_name_in_brackets_is_printed_as_it_is(sets, look, run, tmp_path):
+    told = run("evaluate", sets[0], "--reference", sets[1], *look, "--out", tmp_path / "j [v2]")
+    assert f"written: {tmp_path}/j [v2]/evaluation.json" in told
+
+
 def test_weights_that_nobody_asked_for(sets, encoder, refused, tmp_path):
     command = ["evaluate", sets[0], "--reference", sets[1], "--out", tmp_path / "out"]
     assert "weights of Inception, which" in refused(*command, "--features", encoder, "--inception", tmp_path / "w.pth")
@@ -796,6 +863,86 @@ def test_the_same_images_in_other_files_are_flagged(sets, look, run, tmp_path):
         assert said not in told
     told = run("evaluate", sets[0], "--reference", sets[1], *look, "--out", tmp_path / "different")
     assert "images are also in" not in told
+
+
+def test_images_of_the_same_names_and_bytes_are_not_the_same(look, run, tmp_path):
+    """Which is all that an identity knows: BMP files of one size are as long whatever is in them."""
+    for seed, name in enumerate("ab"):
+        turned(save_images(tmp_path / "png" / name, 20, seed=seed), tmp_path / name, ".bmp")
+    assert open_images(tmp_path / "a").identity == open_images(tmp_path / "b").identity
+    told = run("evaluate", tmp_path / "a", "--reference", tmp_path / "b", *look, "--out", tmp_path / "out")
+    assert "the same images" not in told
+    assert values(tmp_path / "out")["frechet"] > 0.01
+
+
+SAME = "subject and reference are the same images: distances are 0 whatever these are"
+
+
+@pytest.mark.parametrize("left_by", ["reference", "evaluate"])
+def test_a_reference_file_knows_all_of_its_images(sets, look, run, tmp_path, left_by):
+    """The subject has 12 of the 26 images; `rae reference` keeps the features of 10."""
+    images, subject = turned(sets[1], tmp_path / "images", ".png"), save_images(tmp_path / "subject", 8, seed=7)
+    for i in range(12):
+        shutil.copy(images / f"{99 - i}.png", subject / f"other {i}.png")
+    if left_by == "reference":
+        file = tmp_path / "r.safetensors"
+        run("reference", images, *look, "--keep", 10, "--out", file)
+    else:
+        file = tmp_path / "first/reference.safetensors"
+        run("evaluate", sets[0], "--reference", images, *look, "--out", file.parent)
+    kept = load_file(file)["digests"]
+    assert (len(kept), bool((kept.diff() > 0).all())) == (26, True)
+    for name, compared, said in (
+        ("some", subject, "12 of the subject's 20 images are also in the reference"),
+        ("all", sets[1], SAME),
+    ):
+        run("evaluate", compared, "--reference", file, *look, "--out", tmp_path / name)
+        assert said in json.loads((tmp_path / name / "evaluation.json").read_text())["flags"]
+
+
+def test_what_a_reference_of_an_earlier_version_does_not_know_is_said(sets, encoder, look, run, tmp_path):
+    known = sets[1], ["digests"]  # of the rows alone, in files of the version before
+    unknown = [f"{encoder}/digests", "digests"]
+    again = f"is not known, for an earlier version made the file; make it again with `rae reference {sets[1]}`"
+    among = "among the 10 of the reference's 26 images that the file keeps; whether they are among the others"
+    for i, (subject, gone, keep, said) in enumerate(
+        [
+            (*known, 10, f"10 of the subject's 26 images are also {among} {again}"),
+            (*known, 26, SAME),
+            (sets[0], ["digests"], 10, f"0 of the subject's 21 images are also {among} {again}"),
+            (sets[0], ["digests"], 26, None),
+            (sets[1], unknown, 10, SAME),  # by their identity
+            (sets[0], unknown, 10, f"whether images of the subject are also in the reference {again}"),
+        ]
+    ):
+        file = tmp_path / f"{i}.safetensors"
+        run("reference", sets[1], *look, "--keep", keep, "--out", file)
+        with safe_open(file, "pt") as opened:
+            about = json.loads(opened.metadata()["reference"])
+        tensors = {name: value for name, value in load_file(file).items() if name not in gone}
+        about["sha256"] = reference_module._digest(tensors)
+        save_file(tensors, file, metadata={"reference": json.dumps(about)})
+        run("evaluate", subject, "--reference", file, *look, "--out", tmp_path / str(i))
+        flags = json.loads((tmp_path / str(i) / "evaluation.json").read_text())["flags"]
+        assert [flag for flag in flags if "no more than" not in flag] == ([said] if said else [])
+
+
+def test_images_beside_moments_of_adm_are_not_all_that_these_are_of(encoder, sets, run, tmp_path, monkeypatch):
+    inner = open_extractor(str(encoder), input_size=16)
+    real = inner.forward
+    inner.forward = lambda images: (found := real(images)) | {"logits": found["features"]}
+    monkeypatch.setattr(look_module, "open_extractor", lambda name, **_: inner)
+    pixels = np.stack([open_images(sets[1])[i][0] for i in range(26)])
+    np.savez(tmp_path / "adm.npz", pixels, mu=np.zeros(16), sigma=np.eye(16))
+    for subject, shared in ((sets[1], True), (sets[0], False)):
+        out = tmp_path / subject.name
+        run("evaluate", subject, "--reference", tmp_path / "adm.npz", "--out", out)
+        flags = json.loads((out / "evaluation.json").read_text())["flags"]
+        said = (
+            f"26 of the subject's 26 images are also among the 26 that {tmp_path / 'adm.npz'} holds beside its moments"
+        )
+        assert [flag for flag in flags if "images are" in flag and "no more" not in flag] == [said] * shared
+        assert values(out)["frechet"] > 0.1
 
 
 @pytest.mark.parametrize(("count", "enough"), [(67, False), (68, True)])  # parts of 16 and of 17, for 16 features
