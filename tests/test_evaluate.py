@@ -933,14 +933,13 @@ def test_images_beside_moments_of_adm_are_not_all_that_these_are_of(encoder, set
     inner.forward = lambda images: (found := real(images)) | {"logits": found["features"]}
     monkeypatch.setattr(look_module, "open_extractor", lambda name, **_: inner)
     pixels = np.stack([open_images(sets[1])[i][0] for i in range(26)])
-    np.savez(tmp_path / "adm.npz", pixels, mu=np.zeros(16), sigma=np.eye(16))
+    adm = tmp_path / "adm.npz"
+    np.savez(adm, pixels, mu=np.zeros(16), sigma=np.eye(16))
+    said = f"26 of the subject's 26 images are also among the 26 that {adm} holds beside its moments"
     for subject, shared in ((sets[1], True), (sets[0], False)):
         out = tmp_path / subject.name
-        run("evaluate", subject, "--reference", tmp_path / "adm.npz", "--out", out)
+        run("evaluate", subject, "--reference", adm, "--out", out)
         flags = json.loads((out / "evaluation.json").read_text())["flags"]
-        said = (
-            f"26 of the subject's 26 images are also among the 26 that {tmp_path / 'adm.npz'} holds beside its moments"
-        )
         assert [flag for flag in flags if "images are" in flag and "no more" not in flag] == [said] * shared
         assert values(out)["frechet"] > 0.1
 

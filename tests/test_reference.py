@@ -144,7 +144,7 @@ def test_what_is_saved_is_loaded(file):
 
 
 def test_a_file_of_an_earlier_version_is_read(tmp_path):
-    """It kept no count of images that could not be read, and drew its rows by their places."""
+    """It kept no digests, no count of images that could not be read, and drew its rows by their places."""
     sets = {"a": collect([{"features": features(5, 3)}], 5)}
     save_reference(tmp_path / "r.safetensors", sets, **ABOUT | {"extractors": {"a": {}}})
     with safe_open(tmp_path / "r.safetensors", "pt") as opened:
@@ -153,7 +153,7 @@ def test_a_file_of_an_earlier_version_is_read(tmp_path):
     tensors = load_file(tmp_path / "r.safetensors")
     save_file(tensors, tmp_path / "earlier.safetensors", metadata={"reference": json.dumps(said)})
     about, loaded = load_reference(tmp_path / "earlier.safetensors")
-    assert (about.skipped, about.drawn) == (None, "by place")
+    assert (about.skipped, about.drawn, loaded["a"].digests) == (None, "by place", None)
     assert torch.equal(loaded["a"].rows["features"], sets["a"].rows["features"])
 
 
@@ -191,6 +191,18 @@ def test_classes_of_the_rows_are_kept_with_them(tmp_path):
     for name in "ab":
         assert torch.equal(loaded[name].classes.labels, classes.labels)
         assert loaded[name].classes.names == ["cat", "dog"]
+
+
+def test_digests_of_all_images_are_kept_with_any_number_of_rows(tmp_path):
+    digests = torch.tensor([-(2**63), -1, 0, 5, 2**63 - 1])
+    sets = {name: collect([{"features": features(5, 3)}], 5, torch.arange(2)) for name in "ab"}
+    sets = {name: dataclasses.replace(each, digests=digests) for name, each in sets.items()}
+    save_reference(tmp_path / "r.safetensors", sets, **ABOUT | {"extractors": {"a": {}, "b": {}}})
+    _, loaded = load_reference(tmp_path / "r.safetensors")
+    for name in "ab":
+        assert torch.equal(loaded[name].digests, digests)
+        assert torch.equal(by_digest(loaded[name]).digests, digests)
+        assert loaded[name].rows.keys() == {"features"}
 
 
 def test_other_files_are_no_references(tmp_path):
