@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -92,6 +93,33 @@ def test_truncated_jpeg_is_fatal_or_left_out_by_name(runs, run, refused, tmp_pat
     assert f"{images / '1.jpg'}: cannot be decoded" in refused(*command, tmp_path / "fatal")
     assert f"left out: {images / '1.jpg'} cannot be read" in run(*command, tmp_path / "out", "--skip-broken")
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["000000.png", "000002.png", "000003.png"]
+
+
+@pytest.mark.parametrize("out", ["out", "cat/out", "."])
+def test_nothing_is_written_among_the_images_that_are_read(runs, refused, tmp_path, out):
+    """What is written would be a class of them from then on."""
+    images, held_out = tmp_path / "images", tmp_path / "held_out"
+    for folder in (images, held_out):
+        folder.mkdir()
+        make_images(folder / "cat")
+    for stage in ("decoder", "dit"):
+        shutil.copytree(runs / stage, tmp_path / stage)
+    recipe = yaml.safe_load((runs / "dit/recipe.yaml").read_text())
+    recipe["data"] |= {"source": str(images), "held_out": str(held_out)}
+    (tmp_path / "dit/recipe.yaml").write_text(yaml.safe_dump(recipe))
+    before = sorted(tmp_path.rglob("*"))
+    sources = [f"data.source={images}", f"data.held_out={held_out}"]
+    for folder, command in (
+        (images, ["reconstruct", tmp_path / "decoder", images]),
+        (images, ["sample", tmp_path / "dit", "--num", 1]),
+        (held_out, ["sample", tmp_path / "dit/latest", "--num", 1]),
+        (images, ["cache", runs / "dit.yaml", *sources]),
+        (held_out, ["cache", runs / "dit.yaml", *sources]),
+    ):
+        told = refused(*command, "--out", folder / out)
+        assert f"--out {folder / out} is inside {folder}" in told
+        assert "give an --out beside it" in told
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_images_of_another_size(runs, refused, tmp_path):

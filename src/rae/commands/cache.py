@@ -39,7 +39,7 @@ from rae.data.latent_format import (
     store,
     write_shard,
 )
-from rae.folders import aside, locked, sha256
+from rae.folders import aside, check_outside, locked, sha256
 from rae.processes import process_state
 from rae.training.display import progress
 from rae.training.latents import check_crop, origin_of
@@ -77,8 +77,12 @@ def write_cache(
         ImageError: an image that cannot be read, unless `data.on_broken` is "skip": the next one takes its place.
         CacheError: the folder holds something else, or a cache of other settings; it is in use; the disk has too little
             room; pyarrow is not installed; or latents do not fit the type.
+        ValueError: `out` is inside a folder of images that is read.
     """
     out = Path(out)
+    for source in (data.source, data.held_out):
+        if isinstance(source, str):
+            check_outside(out, source)
     import_pyarrow(out)
     check_crop("latents", data, str(out))
     state, (images, _) = process_state(), open_split(data)

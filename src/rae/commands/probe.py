@@ -88,8 +88,9 @@ def write_probe(
         Besides, what opening latent spaces and encoding raises.
     """
     state, folder = process_state(), out / "features"
-    for source in (data.source, *([test] if isinstance(test, str) else [])):
-        check_outside(out, source)
+    for source in (data.source, test):
+        if isinstance(source, str):
+            check_outside(out, source)
     train, tested = open_sets(data, test, num, num_test)
     fitted = len(train) if tested else len(train) - round(float(test) * len(train))
     if neighbours > fitted:

@@ -28,7 +28,7 @@ from rae.commands.pictures import (
 from rae.data.images import DataConfig, Views, loader, open_images, subset, to_bytes, to_tensor, to_unit
 from rae.data.order import noise_draws
 from rae.evaluation.reconstruction import WINDOW, psnr, ssim
-from rae.folders import aside
+from rae.folders import aside, check_outside
 from rae.processes import process_state
 from rae.training.display import progress
 
@@ -57,7 +57,9 @@ def write_reconstructions(
 
     Raises:
         OutputError: `out` holds pictures made in another way, or something else, or a damaged picture.
+        ValueError: `out` is inside the folder of images.
     """
+    check_outside(out, data.source)
     state, source = process_state(), open_images(data.source, data.image, data.label)
     images = source if num is None else subset(source, range(min(num, len(source))))
     rae = RAE.from_pretrained(model).to(state.device)

@@ -3,6 +3,7 @@
 labels, seeds --write_samples--> PNGs, latents, samples.json --save_overview--> one sheet; --pack--> .npz
 """
 
+import contextlib
 import math
 import os
 import shutil
@@ -32,9 +33,12 @@ from rae.commands.sample_folder import (
     save_overview,
     write_samples,
 )
+from rae.config import ConfigError, load_recipe
 from rae.diffusion.guidance import CFG, AutoGuidance
 from rae.diffusion.model import DiffusionModel
+from rae.folders import check_outside, run_of
 from rae.processes import process_state
+from rae.training.dit_recipe import DiTRecipe
 from rae.training.run import DTYPES
 
 _LABELS = int.from_bytes(b"labels")  # a family of draws apart from any other of the same seed
@@ -73,7 +77,12 @@ def sample_to_folder(
         npz: one file of all images.
         no_pngs: remove the PNGs once they are in `npz`.
         The others are those of `generate` and `write_samples`.
+
+    Raises:
+        ValueError: `out` is inside a folder of images that the run `model` was trained on, or keeps for measuring.
+        Besides, what loading models, `generate` and `write_samples` raise.
     """
+    _check_out(out, model)
     state = process_state()
     if npz:
         _check_npz(npz)
@@ -200,6 +209,17 @@ def _at_commas(text: str) -> list[str]:
 
 
 # --- what cannot be is found before the work -------------------------------------------------------------------------
+
+
+def _check_out(out: Path, model: str) -> None:
+    """See that samples do not become images of the data that a run names, where they would be a class of their own."""
+    if not (run := run_of(Path(os.path.abspath(Path(model).expanduser())))):
+        return
+    with contextlib.suppress(ConfigError):  # of a recipe that cannot be read nothing is said; the model still can
+        data = load_recipe(DiTRecipe, run / "recipe.yaml").data
+        for source in (data.source, data.held_out):
+            if isinstance(source, str):
+                check_outside(out, source)
 
 
 def _check_npz(npz: Path) -> None:
