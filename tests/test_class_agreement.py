@@ -25,6 +25,16 @@ def test_the_share_of_samples_that_are_of_their_class():
     assert found.error == pytest.approx((0.75 * 0.25 / 39) ** 0.5)
 
 
+def test_error_within_classes():
+    real, classes = clouds(90, seed=0)
+    samples, labels = clouds(40, seed=1)
+    labels[:10] = (labels[:10] + 1) % 3
+    made = torch.arange(40) % 3  # of 14, 13 and 13 images 4, 3 and 3 are wrong
+    found = class_agreement(samples, labels, real, Classes(classes, NAMES), strata=made)
+    within = sum(n * (n / (n - 1)) * (w / n) * (1 - w / n) for n, w in ((14, 4), (13, 3), (13, 3)))
+    assert found == (0.75, pytest.approx(within**0.5 / 40, rel=1e-9), None)
+
+
 def test_real_images_are_asked_apart_from_those_that_vote():
     real, labels = clouds(150, seed=0)
     assert real_agreement(real, Classes(labels, NAMES)) == (1, None, pytest.approx(0.05 ** (1 / 30)))

@@ -62,6 +62,22 @@ def test_error_is_the_scatter_of_fresh_samples(split):
     assert np.mean([error for _, error in found]) == pytest.approx(scatter, rel=0.25)
 
 
+@pytest.mark.parametrize("split", [None, 100])
+def test_error_of_classes_in_turn_is_the_scatter_within(split):
+    """Some classes are told and some are not."""
+    labels = torch.arange(400) % 8
+    sure = 8 * (labels > 3)[:, None] * torch.eye(10)[labels]
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(0))
+
+    def score(seed: int, strata: torch.Tensor | None):
+        return inception_score((sure + logits_of(400, seed) / 2)[order], split=split, strata=strata)
+
+    found = [score(seed, labels[order]) for seed in range(100)]
+    scatter = np.std([value for value, _ in found], ddof=1)
+    assert np.mean([error for _, error in found]) == pytest.approx(scatter, rel=0.25)
+    assert score(0, None).error > 1.5 * scatter
+
+
 def test_error_is_that_of_a_bootstrap():
     logits = logits_of(400, seed=0)
     error = bootstrap_error(lambda rows: inception_score(logits[rows]).value, 400, replicates=200)

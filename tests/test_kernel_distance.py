@@ -94,6 +94,37 @@ def test_error_is_the_scatter_of_fresh_sets(generator):
     assert np.mean([error for _, error in found]) == pytest.approx(scatter, rel=0.25)
 
 
+def test_of_pairs_the_jackknife_leaves_out_pairs(generator):
+    x, y = torch.randn(2, 9, 3, generator=generator)
+    keep = [[j for j in range(9) if j != i] for i in range(9)]
+    without = [one_by_one(x[rows], y[rows]) for rows in keep]
+    found = kernel_distance(x, y, paired=True)
+    assert found.error == pytest.approx(8 / 9**0.5 * np.std(without, ddof=1), rel=1e-9)
+    assert found.value == kernel_distance(x, y).value
+    with pytest.raises(ValueError, match="9 samples and 8 originals are no pairs"):
+        kernel_distance(x, y[:8], paired=True)
+
+
+def test_error_of_pairs_is_the_scatter_of_fresh_pairs(generator):
+    pairs = [(0.9 * y + 0.1, y) for y in torch.randn(100, 100, 6, generator=generator)]
+    found = [kernel_distance(*pair, paired=True) for pair in pairs]
+    scatter = np.std([value for value, _ in found], ddof=1)
+    assert np.mean([error for _, error in found]) == pytest.approx(scatter, rel=0.25)
+    assert np.mean([kernel_distance(*pair).error for pair in pairs]) > 3 * scatter  # as if they were drawn apart
+
+
+def test_error_of_classes_in_turn_is_the_scatter_within(generator):
+    centres, labels = 2 * torch.randn(5, 4, generator=generator), torch.arange(100) % 5
+    sets = [
+        (centres[labels] + torch.randn(100, 4, generator=generator), torch.randn(150, 4, generator=generator))
+        for _ in range(100)
+    ]
+    found = [kernel_distance(*each, strata=labels) for each in sets]
+    scatter = np.std([value for value, _ in found], ddof=1)
+    assert np.mean([error for _, error in found]) == pytest.approx(scatter, rel=0.25)
+    assert np.mean([kernel_distance(*each).error for each in sets]) > 1.3 * scatter
+
+
 # --- subsets ---------------------------------------------------------------------------------------------------------
 
 

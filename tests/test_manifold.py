@@ -125,6 +125,20 @@ def test_errors_are_the_scatter_of_fresh_samples(generator, scale, n, m):
         assert 0.75 < claimed / scatter < (2 if name == "recall" else 1.4), name  # a scatter of 60 is known to 9 %
 
 
+def test_errors_of_classes_in_turn_are_the_scatter_within(generator):
+    """Of one class all samples lie where real images do, of the others few or none."""
+    reference, labels = manifold(torch.randn(200, 3, generator=generator), k=3), torch.arange(160) % 4
+    sets = [0.8 * labels[:, None] + torch.randn(160, 3, generator=generator) for _ in range(60)]
+    found = [overlap(manifold(x, k=3), reference, k=3, strata=labels) for x in sets]
+    for name in NAMES:
+        scatter = np.std([getattr(f, name).value for f in found], ddof=1)
+        claimed = np.mean([getattr(f, name).error for f in found])
+        assert 0.75 < claimed / scatter < (2 if name == "recall" else 1.4), name
+    drawn = overlap(manifold(sets[0], k=3), reference, k=3)
+    assert drawn.precision.error > 1.2 * found[0].precision.error
+    assert values(drawn) == values(found[0])
+
+
 def test_parts_are_a_function_of_the_seed(generator):
     sets = [manifold(torch.randn(60, 4, generator=generator), k=3) for _ in range(2)]
     first, again, other = (overlap(*sets, k=3, seed=seed) for seed in (0, 0, 1))

@@ -14,6 +14,7 @@ from rae.evaluation.uncertainty import (
     random_subset,
     share_bound,
     standard_error,
+    strata_of,
     written,
 )
 
@@ -62,6 +63,41 @@ def test_none_and_all_of_the_images_have_a_bound_in_place_of_an_error(count):
 )
 def test_a_bound_has_two_digits_of_what_may_be_missed(value, count, text):
     assert written(value, None, share_bound(value, count)) == text
+
+
+def test_error_of_strata_in_closed_form():
+    """Classes 0, 1, 2 of variances 2, 0, 1/3 with 2, 3, 4 images: (2 * 2 + 3 * 0 + 4 / 3) / 81."""
+    values, strata = torch.tensor([1.0, 3, 7, 7, 7, 0, 1, 0, 1]), torch.tensor([0, 0, 5, 5, 5, 2, 2, 2, 2])
+    assert standard_error(values, strata) == pytest.approx(math.sqrt((4 + 4 / 3) / 81), rel=1e-12)
+    order = torch.randperm(9)
+    assert standard_error(values[order], strata[order]) == pytest.approx(standard_error(values, strata), rel=1e-12)
+    assert standard_error(values, torch.zeros(9)) == pytest.approx(standard_error(values), rel=1e-12)
+    assert measured_mean(values, strata) == (3, standard_error(values, strata))
+    chosen = values > 0.5  # half of class 2, nothing else scatters: 4 * 1/3 of 81
+    assert measured_share(chosen, strata) == (7 / 9, pytest.approx(math.sqrt(4 / 3) / 9, rel=1e-12), None)
+
+
+def test_strata_without_scatter_have_no_error():
+    values = torch.tensor([1.4, 0.1] * 7)  # 1.4 differs from the mean of seven
+    assert standard_error(values, torch.arange(14) % 2) is None
+    assert measured_share(values > 1, torch.arange(14) % 2) == (0.5, None, None)
+
+
+def test_a_stratum_of_one_tells_nothing():
+    assert strata_of(torch.tensor([0, 1, 1, 2, 2])) is None
+    with pytest.raises(ValueError, match="a class of 1 image tells no scatter within"):
+        standard_error(torch.arange(5), torch.tensor([0, 1, 1, 2, 2]))
+    kept = torch.tensor([4, 1, 1, 4])
+    assert strata_of(kept) is kept
+
+
+def test_error_of_strata_is_the_scatter_of_fresh_images():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(30) % 3
+    found = [labels * 5 + (labels + 1) * torch.randn(30, generator=generator) for _ in range(2000)]
+    errors = torch.tensor([standard_error(values, labels) for values in found])
+    scatter = torch.stack(found).mean(1).var()
+    assert errors.square().mean() == pytest.approx(scatter.item(), rel=0.1)  # without bias; known to 3 %
 
 
 def test_jackknife_of_a_mean_is_its_standard_error(values):

@@ -11,14 +11,16 @@ from torch import Tensor
 
 from rae.evaluation.probe import measure_accuracy, neighbour_votes
 from rae.evaluation.reference import Classes
-from rae.evaluation.uncertainty import Share, random_parts
+from rae.evaluation.uncertainty import Share, measured_share, random_parts
 
 NEIGHBOURS = 20
 PARTS = 5  # of the reference, of which one is asked and the others vote
 LEAST = NEIGHBOURS * PARTS // (PARTS - 1)  # images of a reference, for that
 
 
-def class_agreement(samples: Tensor, labels: Tensor, reference: Tensor, classes: Classes) -> Share:
+def class_agreement(
+    samples: Tensor, labels: Tensor, reference: Tensor, classes: Classes, *, strata: Tensor | None = None
+) -> Share:
     """The share of samples that are of their class, and its standard error sqrt(p (1 - p) / (N - 1)), of other samples.
 
     Args:
@@ -26,12 +28,13 @@ def class_agreement(samples: Tensor, labels: Tensor, reference: Tensor, classes:
         labels: of the samples [N], in the numbers of the reference (`numbered_alike`).
         reference: [M,d].
         classes: of the reference.
+        strata: of the samples, see `standard_error`.
 
     Raises:
         ValueError: fewer than 20 images in the reference, features that are not finite or all zero.
     """
     votes = neighbour_votes(reference, classes.labels, samples, len(classes.names), k=NEIGHBOURS)
-    return measure_accuracy(votes, labels).top1
+    return measured_share(measure_accuracy(votes, labels).right, strata)
 
 
 def real_agreement(reference: Tensor, classes: Classes) -> Share:

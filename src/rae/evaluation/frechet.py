@@ -173,26 +173,32 @@ def _distance(a: Normal, b: Normal, singular_values: Tensor) -> float:
 # --- with errors -----------------------------------------------------------------------------------------------------
 
 
-def frechet_measured(samples: Tensor, reference: Normal) -> Measured:
-    """The distance of N samples to a reference, and its standard error over other samples (the reference stays).
+def frechet_measured(samples: Tensor, reference: Normal | Tensor, *, strata: Tensor | None = None) -> Measured:
+    """The distance of N samples to a reference, and its standard error over other samples.
 
-    The derivative of the distance by the weight of image x is, but for a constant,
+    The derivative of the distance by the weight of image x, S being a sum over N - 1, is but for a constant
 
-        h(x) = 2 (mu - mu_r).(x - mu) + |x - mu|^2 - (x - mu)^T T (x - mu),    T = R_r (R_r^T S R_r)^(-1/2) R_r^T
+        h(x) = 2 (mu - mu_r).(x - mu) + N / (N - 1) (|x - mu|^2 - (x - mu)^T T (x - mu))
+        T = R_r (R_r^T S R_r)^(-1/2) R_r^T
 
     where T maps the samples' distribution onto the reference's; the error is s(h) / sqrt(N), what a bootstrap tends to
     (`uncertainty`), and costs less than a single replicate of it. Below N = d, and where both are of one distribution
     so that the derivative vanishes, it comes out too large, by a half at most in trials. Of the bias it says nothing.
 
+    Reconstructions change with their originals, so of pairs (x, y) it is s(h_x(x) + h_y(y)) / sqrt(N), h_y of the same
+    distance seen from the other side. Both are far larger than their sum where little is lost.
+
     Args:
         samples: x [N,d].
-        reference: `normal` of its mean and covariance, or `normal_of` its features.
+        reference: which stays: `normal` of its mean and covariance, or `normal_of` its features. Or what the samples
+            are reconstructions of, pair by pair, y [N,d].
+        strata: of the samples, see `standard_error`.
 
     Raises:
-        ValueError: fewer than 2 samples, features that are not finite, other dimensions.
+        ValueError: fewer than 2 samples, features that are not finite, other dimensions, not as many originals.
     """
     distance, influence = _distance_and_influence(samples, reference)
-    return Measured(distance, standard_error(influence))
+    return Measured(distance, standard_error(influence, strata))
 
 
 class Extrapolation(NamedTuple):
@@ -216,7 +222,9 @@ def least_to_infinity(dim: int) -> int:
     return PARTS[-1] * (dim + 1)
 
 
-def frechet_to_infinity(samples: Tensor, reference: Normal, *, seed: int = 0) -> Extrapolation:
+def frechet_to_infinity(
+    samples: Tensor, reference: Normal | Tensor, *, strata: Tensor | None = None, seed: int = 0
+) -> Extrapolation:
     """The intercept of a line through the distance over 1/N, at N, N/2 and N/4 (Chong and Forsyth 2019, section 4).
 
     Theirs are subsets drawn one by one. Here the samples are divided, so that every image counts at every size and
@@ -225,22 +233,25 @@ def frechet_to_infinity(samples: Tensor, reference: Normal, *, seed: int = 0) ->
 
     The law 1/N holds where N/4 is well above d. For N from d to 5 d the line leaves a tenth to a quarter of the bias in
     trials, of either sign. From `least_to_infinity` on no part has fewer images than it takes for a covariance of full
-    rank. The reference is finite too, and stays as it is.
+    rank. The reference is finite too, and stays as it is. Pairs are divided as pairs, each part of the samples beside
+    what it is of: both sets become infinite, and what is lost nowhere has a distance of 0 at every size. Strata are
+    divided evenly, for a part is to be drawn as the whole is.
 
     Args:
         samples: x [N,d], N at least 8.
-        reference: as of `frechet_measured`.
+        reference, strata: as of `frechet_measured`.
         seed: of the division.
 
     Raises:
-        ValueError: fewer than 8 samples, features that are not finite, other dimensions.
+        ValueError: fewer than 8 samples, features that are not finite, other dimensions, not as many originals.
     """
     check_features(2 * PARTS[-1], f"to extrapolate from {PARTS[-1]} parts", samples=samples)
     distances, influences = [], []
     for number in PARTS:
         found, influence = [], torch.empty(len(samples), dtype=torch.float64)
-        for part in random_parts(len(samples), number, seed):
-            distance, influence[part] = _distance_and_influence(samples[part.to(samples.device)], reference)
+        for part in random_parts(len(samples), number, seed, strata):
+            beside = reference[part.to(reference.device)] if isinstance(reference, Tensor) else reference
+            distance, influence[part] = _distance_and_influence(samples[part.to(samples.device)], beside)
             found.append(distance)
         distances.append(float(np.mean(found)))
         influences.append(influence)
@@ -249,25 +260,38 @@ def frechet_to_infinity(samples: Tensor, reference: Normal, *, seed: int = 0) ->
     line = np.stack([np.ones(len(PARTS)), 1 / np.array(sizes)], axis=1)
     c = np.linalg.pinv(line)[0]
     influence = torch.from_numpy(c) @ torch.stack(influences)
-    infinite = Measured(float(c @ distances), standard_error(influence))
-    return Extrapolation(
-        infinite, Measured(distances[0], standard_error(influences[0])), tuple(sizes), tuple(distances)
-    )
+    infinite = Measured(float(c @ distances), standard_error(influence, strata))
+    finite = Measured(distances[0], standard_error(influences[0], strata))
+    return Extrapolation(infinite, finite, tuple(sizes), tuple(distances))
 
 
-def _distance_and_influence(samples: Tensor, reference: Normal) -> tuple[float, Tensor]:
-    """Distance, and its derivative by the weight of each image [N], of mean 0 up to rounding."""
-    check_features(2, "for a covariance", samples=samples)
-    check_dimensions(samples=samples, reference=reference.mean[None])
+def _distance_and_influence(samples: Tensor, reference: Normal | Tensor) -> tuple[float, Tensor]:
+    """Distance, and its derivative by the weight of each image, or pair [N], of mean 0 up to rounding."""
+    pairs = isinstance(reference, Tensor)
+    if pairs and len(samples) != len(reference):
+        raise ValueError(
+            f"{len(samples)} samples and {len(reference)} originals are no pairs; give one for each, or "
+            "normal_of(reference) where they are none."
+        )
     own = normal_of(samples, name="samples")
-    left, singular_values, _ = torch.linalg.svd(reference.root.T @ own.root, full_matrices=False)
-    distance = _distance(own, reference, singular_values)
-    # R_r^T S R_r = U s^2 U^T, so T = (R_r U s^-1/2) (R_r U s^-1/2)^T, where the samples vary
+    other = normal_of(reference, name="originals") if pairs else reference
+    check_dimensions(samples=own.mean[None], reference=other.mean[None])
+    left, singular_values, right = torch.linalg.svd(other.root.T @ own.root, full_matrices=False)
+    # R_r^T S R_r = U s^2 U^T, so T = (R_r U s^-1/2) (R_r U s^-1/2)^T, where the samples vary; from the other side V, R
     kept = singular_values > singular_values[:1] * len(own.mean) * torch.finfo(torch.float64).eps
-    half = reference.root @ (left[:, kept] / singular_values[kept].sqrt())
-    influence = []
-    for rows in blocks(len(samples)):
-        x = samples[rows].detach().to("cpu", torch.float64) - own.mean
-        influence.append(2 * x @ (own.mean - reference.mean) + x.square().sum(1) - (x @ half).square().sum(1))
+    root = singular_values[kept].sqrt()
+    influence = _influence(samples, own.mean, other.mean, other.root @ (left[:, kept] / root))
+    if pairs:
+        influence += _influence(reference, other.mean, own.mean, own.root @ (right[kept].T / root))
+    return _distance(own, other, singular_values), influence
+
+
+def _influence(features: Tensor, mean: Tensor, towards: Tensor, half: Tensor) -> Tensor:
+    """h of `frechet_measured` of features [N,d] with this mean, to a set of another one, T = half half^T [d,d]."""
+    influence, count = [], len(features)
+    for rows in blocks(count):
+        x = features[rows].detach().to("cpu", torch.float64) - mean
+        moved = x.square().sum(1) - (x @ half).square().sum(1)
+        influence.append(2 * x @ (mean - towards) + count / (count - 1) * moved)
     influence = torch.cat(influence)
-    return distance, influence - influence.mean()
+    return influence - influence.mean()

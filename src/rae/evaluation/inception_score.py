@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from rae.evaluation.feature_sets import ROWS, check_features, where_float64_is
-from rae.evaluation.uncertainty import Measured, standard_error
+from rae.evaluation.uncertainty import Measured, all_equal, standard_error
 
 SPLIT = 5000  # images, as ADM's evaluator: ten splits of 50,000
 
 
-def inception_score(logits: Tensor, *, split: int | None = SPLIT) -> Measured:
+def inception_score(logits: Tensor, *, split: int | None = SPLIT, strata: Tensor | None = None) -> Measured:
     """Mean of the scores of consecutive splits, in float64, and its standard error.
 
     A score is too low at small numbers of images, for p(c) fits those that it is the mean of; hence splits of a fixed
@@ -30,6 +30,7 @@ def inception_score(logits: Tensor, *, split: int | None = SPLIT) -> Measured:
     Args:
         logits: [N,C] of the classifier; for published figures, Inception's without their bias.
         split: images in one; None = all together, which no order of the images changes.
+        strata: of the images, see `standard_error`.
 
     Raises:
         ValueError: fewer than 2 images or classes, logits that are not finite, a split of less than 2.
@@ -39,12 +40,15 @@ def inception_score(logits: Tensor, *, split: int | None = SPLIT) -> Measured:
         raise ValueError(f"logits of {logits.shape[1]} class tell nothing apart; give those of a classifier, [N,C].")
     if split is not None and split < 2:
         raise ValueError(f"a split of {split} image always scores 1; take {SPLIT}, or None for all images together.")
-    scores, errors = [], []
+    scores, influences = [], []
     for part in where_float64_is(logits).split(split or len(logits)):
         divergences = _divergences(part)
         scores.append(math.exp(divergences.mean().item()))
-        errors.append(scores[-1] * (standard_error(divergences) or 0.0))  # a split of equal images always scores 1
-    return Measured(sum(scores) / len(scores), math.hypot(*errors) / len(scores) or None)
+        # in a split of equal images, which always scores 1, what is left about the mean is rounding
+        about = torch.zeros_like(divergences) if all_equal(divergences) else divergences - divergences.mean()
+        influences.append(scores[-1] * about / len(part))
+    influence = torch.cat(influences) * (len(logits) / len(scores))
+    return Measured(sum(scores) / len(scores), standard_error(influence, strata))
 
 
 def _divergences(logits: Tensor) -> Tensor:

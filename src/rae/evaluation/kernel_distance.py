@@ -8,6 +8,7 @@ Its expectation does not depend on the number of images, and two sets of one dis
 below 0 are what that takes, and are not clipped.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rae.evaluation.feature_sets import blocks, check_features, where_float64_is
-from rae.evaluation.uncertainty import Measured, all_equal, jackknife_error, random_subset
+from rae.evaluation.uncertainty import Measured, all_equal, random_subset, standard_error
 
 
 class SubsetEstimate(NamedTuple):
@@ -39,30 +40,45 @@ class _Sums(NamedTuple):
     yx: Tensor  # [M]
 
 
-def kernel_distance(samples: Tensor, reference: Tensor) -> Measured:
+def kernel_distance(
+    samples: Tensor, reference: Tensor, *, paired: bool = False, strata: Tensor | None = None
+) -> Measured:
     """MMD^2 of all images, from tiles of all pairs, and its standard error.
 
     It is what the mean over subsets tends to when there are ever more of them (`subset_distance`). The error is a
     jackknife over every image of both sets: whether two sets are of one distribution is asked of this distance more
     than of others, and chance in the reference moves it away from 0 as much as chance in the samples. For two sets of
     one distribution, where the sum over pairs is all that is left, the error comes out too large, by 2^(1/2) at most.
+    Reconstructions change with their originals: of these each x is left out with its y.
 
     Args:
         samples: x [N,d], any floating dtype; the work is done in float64 on their device (CPU where it has none).
         reference: y [M,d].
+        paired: x_i is a reconstruction of y_i.
+        strata: of the samples, see `standard_error`.
 
     Raises:
-        ValueError: fewer than 3 images, features that are not finite, other dimensions.
+        ValueError: fewer than 3 images, features that are not finite, other dimensions, pairs of N != M.
     """
     check_features(3, "for an estimate with an error", samples=samples, reference=reference)
-    sums = _kernel_sums(*_in_one_place(samples, reference))
+    if paired and len(samples) != len(reference):
+        raise ValueError(f"{len(samples)} samples and {len(reference)} originals are no pairs; give one for each.")
+    x, y = _in_one_place(samples, reference)
+    sums = _kernel_sums(x, y)
     n, m = len(sums.xx), len(sums.yy)
     xx, yy, xy = sums.xx.sum(), sums.yy.sum(), sums.xy.sum()
     value = _mmd2(xx, n, yy, m, xy)
+    if all_equal(samples) and all_equal(reference):
+        return Measured(value.item(), None)
+    # the jackknife of f is the standard error of the mean of (n - 1) f_i, f_i being f without image i
+    if paired:
+        across = xy - sums.xy - sums.yx + _kernel_of_pairs(x, y)
+        without = _mmd2(xx - 2 * sums.xx, n - 1, yy - 2 * sums.yy, n - 1, across)
+        return Measured(value.item(), standard_error((n - 1) * without, strata))
     without_x = _mmd2(xx - 2 * sums.xx, n - 1, yy, m, xy - sums.xy)
     without_y = _mmd2(xx, n, yy - 2 * sums.yy, m - 1, xy - sums.yx)
-    error = float(np.hypot(jackknife_error(without_x), jackknife_error(without_y)))
-    return Measured(value.item(), None if all_equal(samples) and all_equal(reference) else error)
+    errors = standard_error((n - 1) * without_x, strata), standard_error((m - 1) * without_y)
+    return Measured(value.item(), math.hypot(*(error or 0.0 for error in errors)))
 
 
 def subset_distance(
@@ -130,3 +146,9 @@ def _sums_within(x: Tensor) -> Tensor:
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
     return ((x @ y.T).div_(x.shape[1]).add_(1)).pow_(3)
+
+
+def _kernel_of_pairs(x: Tensor, y: Tensor) -> Tensor:
+    """k(x_i, y_i) [N]."""
+    products = [(x[rows].double() * y[rows].double()).sum(1) for rows in blocks(len(x))]
+    return (torch.cat(products) / x.shape[1] + 1) ** 3

@@ -86,7 +86,7 @@ def manifold(features: Tensor, *, k: int, name: str = "features") -> Manifold:
     return Manifold(features, centre, nearest[:, 1:])
 
 
-def overlap(samples: Manifold, reference: Manifold, *, k: int, seed: int = 0) -> Overlap:
+def overlap(samples: Manifold, reference: Manifold, *, k: int, strata: Tensor | None = None, seed: int = 0) -> Overlap:
     """Precision, recall, density and coverage of samples [N] against a reference [M], with standard errors.
 
     N and M matter, and their ratio: recall and coverage rise with N, precision with M. Compare figures of the same
@@ -100,6 +100,7 @@ def overlap(samples: Manifold, reference: Manifold, *, k: int, seed: int = 0) ->
     Args:
         samples, reference: of at least k neighbours.
         k: 3 as ADM's evaluator, 5 as prdc.
+        strata: of the samples, see `standard_error`; the parts have equally many of each.
         seed: of the parts.
 
     Raises:
@@ -113,7 +114,7 @@ def overlap(samples: Manifold, reference: Manifold, *, k: int, seed: int = 0) ->
         )
     check_dimensions(samples=samples.features, reference=reference.features)
     n, m = len(samples.features), len(reference.features)
-    parts = [part.to(samples.centre.device) for part in random_parts(n, min(PARTS, n), seed)]
+    parts = [part.to(samples.centre.device) for part in random_parts(n, min(PARTS, n), seed, strata)]
     centre = reference.centre.to(samples.centre.device)
     within = torch.zeros(n, dtype=torch.int64, device=centre.device)  # balls of the reference about a sample
     reached, covered = torch.zeros(2, len(parts), m, dtype=torch.bool, device=centre.device)
@@ -129,9 +130,9 @@ def overlap(samples: Manifold, reference: Manifold, *, k: int, seed: int = 0) ->
             covered[part, columns] = real.any(0)
             reached[part, columns] = (d2 <= x_edges[:, None]).any(0)
     return Overlap(
-        precision=measured_share(within > 0),
+        precision=measured_share(within > 0, strata),
         recall=_of_parts(reached),
-        density=measured_mean(within.double() / k),
+        density=measured_mean(within.double() / k, strata),
         coverage=_of_parts(covered),
     )
 

@@ -3,6 +3,7 @@
     mean of x_i                   s / sqrt(N)
     smooth figure of all images   s(h) / sqrt(N), h_i = d(figure) / d(weight of image i), weights of mean 1
     any other                     jackknife: the figure again, without each image, or each part of them
+    images drawn class by class   sqrt(sum_c n_c s_c^2) / N in place of s / sqrt(N): classes do not scatter
 
 The first two are what a bootstrap tends to with many replicates (Efron 1982, "The jackknife, the bootstrap and other
 resampling plans", ch. 5 and 6), without its work and its own noise, and they need no seed. `bootstrap_error` is for
@@ -72,11 +73,37 @@ def all_equal(values: Tensor) -> bool:
     return bool((values == values[0]).all())
 
 
-def standard_error(values: Tensor) -> float | None:
-    """s / sqrt(N) of the mean of values [N], s with N - 1; None for a single one, and where all are equal."""
-    if all_equal(values):
+def strata_of(labels: Tensor) -> Tensor | None:
+    """Labels [N] as strata of `standard_error`; None where there is one image of a class, which tells no scatter."""
+    return labels if labels.unique(return_counts=True)[1].min() > 1 else None
+
+
+def standard_error(values: Tensor, strata: Tensor | None = None) -> float | None:
+    """s / sqrt(N) of the mean of values [N], or sqrt(sum_c n_c s_c^2) / N, s with N - 1 and s_c with n_c - 1.
+
+    Args:
+        values: [N].
+        strata: the class c of each image [N], where it is not by chance how many there are of a class (Cochran 1977,
+            "Sampling techniques", ch. 5): what classes differ by does not scatter. None = it is by chance.
+
+    Returns:
+        None for a single image, and where all are equal, or all of a class.
+
+    Raises:
+        ValueError: a class of one image; see `strata_of`.
+    """
+    if strata is None:
+        return None if all_equal(values) else values.double().std().item() / math.sqrt(len(values))
+    values = values.double()
+    _, of, counts = strata.to(values.device).unique(return_inverse=True, return_counts=True)
+    if counts.min() < 2:
+        raise ValueError("a class of 1 image tells no scatter within; leave the strata out, or give 2 of each class.")
+    least, sums = values.new_zeros(2, len(counts))
+    if (values == least.scatter_reduce(0, of, values, "amin", include_self=False)[of]).all():
         return None
-    return values.double().std().item() / math.sqrt(len(values))
+    squares = (values - (sums.index_add(0, of, values) / counts)[of]).square()
+    scatter = sums.index_add(0, of, squares) / (counts - 1)  # s_c^2
+    return (counts * scatter).sum().sqrt().item() / len(values)
 
 
 def share_bound(value: float, count: int) -> float | None:
@@ -93,8 +120,8 @@ def share_bound(value: float, count: int) -> float | None:
     return MISSED ** (1 / count) if value else 1 - MISSED ** (1 / count)
 
 
-def measured_mean(values: Tensor) -> Measured:
-    """Mean of one number for each image, [N] on the CPU or a GPU, and its standard error.
+def measured_mean(values: Tensor, strata: Tensor | None = None) -> Measured:
+    """Mean of one number for each image, [N] on the CPU or a GPU, and its `standard_error`.
 
     Raises:
         ValueError: none, or values that are not finite.
@@ -104,12 +131,12 @@ def measured_mean(values: Tensor) -> Measured:
     if values.is_floating_point() and not (finite := values.isfinite()).all():
         bad = (~finite).nonzero().flatten()
         raise ValueError(f"{len(bad)} of {len(values)} values are not finite (first: image {bad[0].item()}).")
-    return Measured(values.double().mean().item(), standard_error(values))
+    return Measured(values.double().mean().item(), standard_error(values, strata))
 
 
-def measured_share(chosen: Tensor) -> Share:
-    """Share of the images of a mask [N], and its standard error sqrt(p (1 - p) / (N - 1)), or its bound."""
-    value, error = measured_mean(chosen)
+def measured_share(chosen: Tensor, strata: Tensor | None = None) -> Share:
+    """Share of the images of a mask [N], its error sqrt(p (1 - p) / (N - 1)), or that of `strata`; or its bound."""
+    value, error = measured_mean(chosen, strata)
     return Share(value, error, share_bound(value, len(chosen)))
 
 
@@ -140,10 +167,16 @@ def bootstrap_error(statistic: Callable[[Tensor], float], count: int, *, replica
     return float(np.std(found, ddof=1))
 
 
-def random_parts(count: int, parts: int, seed: int = 0) -> list[Tensor]:
-    """Numbers 0 ... count - 1 in disjoint random parts, sizes equal to within one, each in ascending order."""
+def random_parts(count: int, parts: int, seed: int = 0, strata: Tensor | None = None) -> list[Tensor]:
+    """Numbers 0 ... count - 1 in disjoint random parts, sizes equal to within one, each in ascending order.
+
+    Of strata [count] all parts have equally many images, to within one.
+    """
     order = torch.from_numpy(np.random.default_rng((_PARTS, seed)).permutation(count))
-    return [part.sort().values for part in order.tensor_split(parts)]
+    if strata is None:
+        return [part.sort().values for part in order.tensor_split(parts)]
+    order = order[strata.cpu()[order].argsort(stable=True)]  # class by class, and dealt out
+    return [order[part::parts].sort().values for part in range(parts)]
 
 
 def random_subset(count: int, size: int, number: int, seed: int = 0) -> Tensor:
