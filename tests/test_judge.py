@@ -1,0 +1,137 @@
+"""What `judge` makes of rows in any order: pairs that change together, classes that take turns."""
+
+import numpy as np
+import pytest
+import torch
+
+from rae.data.image_set import Images
+from rae.evaluation.frechet import Moments, frechet_measured, frechet_to_infinity, normal_of
+from rae.evaluation.judge import judge, judge_pairs, take_turns
+from rae.evaluation.kernel_distance import kernel_distance
+from rae.evaluation.reconstruction import psnr, ssim
+from rae.evaluation.reference import DIGESTS, Classes, FeatureSet, Gaussian
+
+N, D = 40, 3
+
+
+def of(*features: torch.Tensor, digests: list[int] | None = None, labels: torch.Tensor | None = None) -> FeatureSet:
+    """As `rae evaluate` has it: features, and of Inception spatial ones and logits; digests are by the row."""
+    rows = dict(zip(("features", "spatial", "logits"), features))
+    moments = {}
+    for kind in rows.keys() - {"logits"}:
+        summed = Moments(rows[kind].shape[1])
+        summed.update(rows[kind])
+        moments[kind] = Gaussian(summed.mean, summed.covariance)
+    rows[DIGESTS] = torch.tensor(digests or range(len(features[0])))
+    classes = None if labels is None else Classes(labels, [str(i) for i in range(int(labels.max()) + 1)])
+    return FeatureSet(len(features[0]), rows, moments, classes)
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def pair(generator):
+    """Reconstructions and originals, row by row: float32 [N,D]."""
+    y = torch.randn(N, D, generator=generator)
+    return 0.9 * y + 0.1 * torch.randn(N, D, generator=generator), y
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------
+
+
+def test_figures_of_pairs_are_those_of_aligned_rows(pair, generator):
+    x, y = pair
+    numbers = [torch.randperm(N, generator=generator) for _ in range(2)]
+    found = judge(
+        *(of(each[rows], each[rows] ** 2, each[rows]) for each, rows in zip(pair, numbers)),
+        "inception",
+        pairs=tuple(rows.tolist() for rows in numbers),
+    )
+    line = frechet_to_infinity(*(each[numbers[1]] for each in pair))  # divided by the originals' digests
+    for name, expected in {
+        "frechet": frechet_measured(x, y),
+        "frechet_infinite": line.infinite,
+        "sfid": frechet_measured(x**2, y**2),
+        "kid": kernel_distance(x, y, paired=True),
+    }.items():
+        figure = found[f"{name}/inception"]
+        assert (figure.value, figure.error) == pytest.approx(expected, rel=1e-6)
+    assert found["frechet/inception"].protocol == f"{N} images against {N} images that these are of"
+    assert "N / 4 of the pairs, divided by digest" in found["frechet_infinite/inception"].protocol
+    for name in ("precision", "recall", "density", "coverage"):
+        figure = found[f"{name}/inception"]
+        assert (figure.error, figure.bound) == (None, None)
+        assert figure.protocol.endswith("; no error of pairs")
+
+
+def test_values_of_pairs_are_those_of_two_sets(pair):
+    """Of all but the distance of infinitely many, whose originals become infinitely many as well."""
+    alone, paired = (judge(*map(of, pair), "e", **how) for how in ({}, {"pairs": (range(N), range(N))}))
+    assert alone.keys() == paired.keys()
+    for name in alone.keys() - {"frechet_infinite/e"}:
+        assert paired[name].value == pytest.approx(alone[name].value, rel=1e-9), name
+    y = pair[1]
+    same = judge(of(y), of(y), "e", pairs=(range(N), range(N)))["frechet_infinite/e"]
+    assert abs(same.value) < 1e-10 < -judge(of(y), of(y), "e")["frechet_infinite/e"].value
+
+
+@pytest.mark.parametrize("numbers", [range(N - 1), [0, *range(N - 1)], range(1, N + 1)])
+def test_rows_that_make_no_pairs_are_refused(pair, numbers):
+    with pytest.raises(ValueError, match=f"and {N} numbers of {N} samples and {N} originals make no pairs"):
+        judge(*map(of, pair), "e", pairs=(numbers, range(N)))
+
+
+# --- classes that take turns -----------------------------------------------------------------------------------------
+
+
+def test_whether_classes_take_turns():
+    assert take_turns([2, 0, 1, 2, 0])
+    for labels in ([], [0, 0, 0], [0, 1, 2], [0, 1, 1, 0], [0, 0, 1, 0, 0, 1]):
+        assert not take_turns(labels)
+
+
+def test_errors_of_classes_in_turn_are_smaller(generator):
+    labels = torch.arange(90) % 3
+    real = 4 * torch.eye(3)[labels] + torch.randn(90, 3, generator=generator)
+    x = (4 + labels[:, None]) * torch.eye(3)[labels] + (labels[:, None] / 2 + 1) * torch.randn(
+        90, 3, generator=generator
+    )
+    order = torch.randperm(90, generator=generator)  # the labels go with the rows
+    samples = of(x, digests=order.tolist(), labels=labels)
+    drawn, turns = (judge(samples, of(real, labels=labels), "e", turns=turns) for turns in (False, True))
+    for name in ("frechet", "frechet_infinite", "kid", "precision", "density", "class_agreement"):
+        assert turns[f"{name}/e"].error < drawn[f"{name}/e"].error, name
+        assert turns[f"{name}/e"].protocol.endswith("; classes in turn, error within them"), name
+        if name != "frechet_infinite":  # which is by other parts
+            assert turns[f"{name}/e"].value == drawn[f"{name}/e"].value, name
+    assert turns["frechet/e"].error == pytest.approx(
+        frechet_measured(x, normal_of(real), strata=labels).error, rel=1e-9
+    )
+    assert "divided by digest and class" in turns["frechet_infinite/e"].protocol
+
+
+def test_a_class_of_one_image_tells_no_scatter(generator):
+    labels = torch.arange(14) % 13
+    x, y = torch.randn(2, 14, 2, generator=generator)
+    drawn, turns = (judge(of(x, labels=labels), of(y), "e", turns=turns) for turns in (False, True))
+    assert {name: figure[:4] for name, figure in turns.items()} == {name: figure[:4] for name, figure in drawn.items()}
+    assert turns["frechet/e"].protocol.endswith("error as if they were drawn, for of some there is one image")
+    with pytest.raises(ValueError, match="these samples have no classes to take turns"):
+        judge(of(x), of(y), "e", turns=True)
+
+
+# --- pixels ----------------------------------------------------------------------------------------------------------
+
+
+def test_pixels_of_pairs_are_judged_in_batches():
+    pixels = np.random.default_rng(0).integers(256, size=(2, 5, 16, 20, 3), dtype=np.uint8)
+    sides = [Images([*"abcde"], [0] * 5, None, "", side.__getitem__) for side in pixels]
+    found = judge_pairs(*sides, None, batch=2, device=torch.device("cpu"))
+    y, x = (torch.from_numpy(side).permute(0, 3, 1, 2) / 255 for side in pixels)
+    assert found.keys() == {"psnr", "ssim"}
+    assert found["psnr"].value == pytest.approx(psnr(x, y).mean().item(), rel=1e-12)
+    assert found["ssim"].value == pytest.approx(ssim(x, y).mean().item(), rel=1e-12)
+    assert found["psnr"].error > 0
