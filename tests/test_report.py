@@ -217,6 +217,18 @@ def test_only_pixels_that_are_enlarged_stay_sharp(rows):
     assert sheet(rows, "c", size=8).html.count('class="pixels"') == 6
 
 
+def test_titles_longer_than_the_plot_are_broken():
+    title, axis = "a title that says of what and by what and " * 2 + "is long", "what is measured, in what units"
+    html = curves({"a": ([0, 1], [1, 2])}, title, "x", axis).html
+    lines = re.findall(r"<text[^>]*>([^<]*)</text>", html)
+    assert not {title, axis} & set(lines)
+    assert max(len(line) for line in lines) <= 62
+    for text in (title, axis):
+        first = next(number for number, line in enumerate(lines) if line and text.startswith(line))
+        assert " ".join(lines[first : first + 2]) == text
+    assert len(lines) > 4
+
+
 def test_a_logarithmic_axis_of_dots():
     values = {"a": (2.0, 0.1), "b": (200.0, None)}
     linear, log = (dots(values, "FD", "lower is better", log=log).html for log in (False, True))

@@ -10,6 +10,7 @@ import io
 import itertools
 import math
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -296,7 +297,7 @@ def curves(
                 label = f"\N{ZERO WIDTH SPACE}{name}" if name[:1] == "_" else name  # or it is left out of the legend
                 axes.plot(xs, ys, line, label=label, color=colour, linewidth=1.6, marker=marker, markersize=3)
         axes.set_xlabel(x)
-        axes.set_ylabel(y)
+        axes.set_ylabel(textwrap.fill(y, 24))  # as long as the axis is high
         if max((x for xs, _ in series.values() for x in xs), default=0) >= 10_000:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if log:
@@ -351,12 +352,12 @@ def _plot(draw: Callable, title: str, height: float) -> Piece:
     colours = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
     style = {"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif", "font.size": 10}
     style["text.parse_math"] = False  # a name with $ in it is no formula
-    file = io.StringIO()
+    file, lines = io.StringIO(), textwrap.wrap(title, 62)  # as many letters as it is wide
     with matplotlib.rc_context(colours | style):
-        plot = Plot(figsize=(5, height), layout="constrained")
+        plot = Plot(figsize=(5, height + 0.17 * (len(lines) - 1)), layout="constrained")
         axes = plot.add_subplot()
         draw(plot, axes)
-        axes.set_title(title, fontsize=10)
+        axes.set_title("\n".join(lines), fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#808080", alpha=0.25, linewidth=0.6)
         plot.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
