@@ -374,7 +374,11 @@ def test_a_size_that_does_not_fit_is_refused_before_anything_is_made(runs, look,
     command = ["evaluate", runs / "dit", "--num", 8, "--size", 16, *look, "--out", tmp_path / "out", "--reference"]
     assert "have 16 x 16 pixels, those of" in refused(*command, tmp_path / "r.safetensors")
     assert "12 x 12 pixels (height x width), smaller than the 16 x 16 asked for" in refused(*command, small)
+    command = ["evaluate", runs / "decoder", "--reference", large, *look, "--out", tmp_path / "out"]
+    told = refused(*command, "--size", "17x16")
+    assert "makes images of 16 x 16 pixels (height x width), smaller than the 17 x 16 asked for" in told
     assert not (tmp_path / "out").exists()
+    run(*command, "--size", "17x16", "--enlarge")
 
 
 def test_samples_are_asked_for_their_class(runs, look, run, refused, tmp_path):

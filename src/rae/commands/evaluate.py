@@ -20,35 +20,25 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rae.autoencoder.rae import RAEConfig
 from rae.commands.feature_folder import size_of
+from rae.commands.flags import flags_of, skipped
 from rae.commands.look import Features, Look, look_at, open_extractors, say
 from rae.commands.pictures import OutputError, check_file
 from rae.commands.reconstruct import write_reconstructions
-from rae.commands.reference import (
-    BOTH,
-    TRAINED,
-    UNKNOWN,
-    Reference,
-    check_size,
-    open_reference,
-    resized,
-    role_of,
-    shared_images,
-)
+from rae.commands.reference import UNKNOWN, Reference, check_size, open_reference, role_of
 from rae.commands.sides import read_sides
 from rae.commands.subject import Subject, is_pairs, open_subject
-from rae.config import ConfigError
+from rae.config import ConfigError, read_json
 from rae.data.crops import center_crop
-from rae.data.folders import without_images
 from rae.data.image_set import Images
 from rae.data.images import DataConfig, open_images, subset
-from rae.evaluation.class_agreement import numbered_alike
 from rae.evaluation.frechet import PARTS
 from rae.evaluation.judge import INCEPTION, PRDC_NEIGHBOURS, judge, judge_pairs, left_out
 from rae.evaluation.pretrained import load_lpips
 from rae.evaluation.reference import save_reference
 from rae.evaluation.uncertainty import BOUNDS, written
-from rae.folders import aside, check_outside, saved_kind
+from rae.folders import aside, check_outside, find_folder, saved_kind
 from rae.processes import process_state
 
 EVALUATION = "evaluation.json"
@@ -205,7 +195,8 @@ def evaluate(
         _check_count(given.source, count, LEAST_JUDGED if is_pairs(subject) else LEAST_COMPARED)
     if given and size:
         check_size(subject, size, given, data)
-    judged = _prepare(subject, given, out, sides, num=num, batch=batch, sample=sample)
+    fits = functools.partial(_check_made, subject, size=size, given=given, data=data)
+    judged = _prepare(subject, given, out, sides, num=num, batch=batch, sample=sample, fits=fits)
     _check_count(subject, len(judged.images), LEAST_JUDGED)
     if given and not size:
         check_size(subject, size_of(judged.images, data.on_broken), given, data)
@@ -234,8 +225,8 @@ def evaluate(
         "extractors": {name: extractor.describe() for name, extractor in look.extractors.items()},
         "figures": {name: figure._asdict() for name, figure in figures.items()},
         "left_out": {name: figure._asdict() for name, figure in missing.items()},
-        "flags": _skipped(subject=subject_about, **({} if judged.originals else {"reference": reference_about}))
-        + _flags(judged, own, whole, given, role),
+        "flags": skipped(subject=subject_about, **({} if judged.originals else {"reference": reference_about}))
+        + flags_of(judged, own, whole, given, role),
         "made": {
             "rae": importlib.metadata.version("rae"),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -262,6 +253,7 @@ def _prepare(
     num: int | None,
     batch: int,
     sample: Callable[[Path], None],
+    fits: Callable[[tuple[int, int]], None],
 ) -> Subject:
     """The subject's images; those of a model are made first. `sides`: how the subject and what is given are read."""
     kind, needed = saved_kind(subject), f"{subject}: say what its images are compared with: --reference IMAGES or FILE."
@@ -272,6 +264,7 @@ def _prepare(
                 "which with --reference IMAGES."
             )
         _first(given.images, num)  # raises where there are fewer
+        fits(read_json(RAEConfig, find_folder(subject, "an autoencoder") / "config.json").decoder.output_size)
         of = sides[-1].model_copy(update={"source": given.source})
         write_reconstructions(subject, of, out / "reconstructions", num=num, batch=batch, rounding="nearest")
         return open_subject(str(out / "reconstructions"), sides[0], None)
@@ -286,6 +279,25 @@ def _prepare(
     if judged.originals is not None and given is not None:
         raise ConfigError(f"{subject} holds reconstructions beside what they are of; leave --reference out.")
     return judged
+
+
+def _check_made(
+    subject: str, made: tuple[int, int], size: tuple[int, int] | None, given: Reference | None, data: DataConfig
+) -> None:
+    """Refuse images of a model, of (H, W) `made`, before it makes them, where they cannot be judged as was asked.
+
+    Raises:
+        ConfigError: they are smaller than `size`, and are not to be enlarged.
+        ReferenceError, ImageError: as of `check_size`.
+    """
+    if size and not data.enlarge and (made[0] < size[0] or made[1] < size[1]):
+        wanted, made = (" x ".join(map(str, each)) for each in (size, made))
+        raise ConfigError(
+            f"{subject} makes images of {made} pixels (height x width), smaller than the {wanted} asked for: leave "
+            "--size out, or enlarge small images (bicubic): --enlarge."
+        )
+    if given and not size:
+        check_size(subject, made, given, data)
 
 
 def _check_out(out: Path, subject: str, judged: Subject, given: Reference | None) -> None:
@@ -337,64 +349,7 @@ def _look_at_reference(judged: Subject, given: Reference | None, own: Features, 
     return found
 
 
-# --- what a reader should know ---------------------------------------------------------------------------------------
-
-
-def _skipped(**sets: dict[str, Any]) -> list[str]:
-    return [
-        f"{missing:,} of {about['images'] + missing:,} images of the {whose} cannot be read and are left out"
-        for whose, about in sets.items()
-        if (missing := about["skipped"])
-    ]
-
-
-def _flags(judged: Subject, own: Features, whole: Features, given: Reference | None, role: str) -> list[str]:
-    flags, count = [], own.about["images"]
-    if said := shared_images(own, whole):
-        flags.append(said)
-    if not judged.originals and (said := resized(whole)):
-        flags.append(said)
-    if judged.kind == "reconstructions" and role in (TRAINED, BOTH):
-        flags.append(f"the reference holds {role} of this autoencoder: published rFID is of images that it never saw")
-    if judged.kind == "reconstructions" and role == UNKNOWN:
-        flags.append("whether this autoencoder saw the reference's images is not known; published rFID: it did not")
-    for name, features in own.sets.items():
-        if count <= (width := features.rows["features"].shape[1]):
-            flags.append(
-                f"{count:,} images are no more than the {width:,} features of {name}: Frechet distances of so few are "
-                "far too large, and only compare with others of as many images"
-            )
-    if given and given.features and whole.about["drawn"] == "by place":
-        kept = len(next(iter(whole.sets.values())).rows["features"])
-        if kept < whole.about["images"]:
-            flags.append(
-                f"which {kept:,} of the reference's {whole.about['images']:,} images are compared one by one goes by "
-                f"their order, for an earlier version made {given.source}; make it again with `rae reference`"
-            )
-    if given and given.moments:
-        flags.append(f"nothing in {whole.about['source']} says by which network and resizing its moments were made")
-        if "spatial" not in given.moments:
-            flags.append(f"no sFID, for {whole.about['source']} holds no moments of spatial features (mu_s, sigma_s)")
-    if compressed := sum(name.lower().endswith((".jpg", ".jpeg")) for name in judged.images.names):
-        flags.append(f"{compressed:,} of the subject's images are JPEG files, whose artefacts are judged with them")
-    if judged.protocol.get("precision", "float32") != "float32":
-        flags.append(f"sampled in {judged.protocol['precision']}; published figures are of float32")
-    ours, theirs = (next(iter(found.sets.values())).classes for found in (own, whole))
-    known = given.source if given and given.images else None
-    for whose, source, classes in (("subject", judged.source, ours), ("reference", known, theirs)):
-        if classes and source and (empty := without_images(Path(source).expanduser())):
-            named = ", ".join(empty)[:80]
-            flags.append(f"folders of the {whose} without images, which are no classes of it ({len(empty):,}): {named}")
-    if judged.kind == "samples" and ours:
-        counts = ours.labels.bincount(minlength=len(ours.names)).tolist()
-        if max(counts) > min(counts) + 1:
-            flags.append(f"classes are not balanced: {min(counts):,} to {max(counts):,} images of each (Table 14)")
-    for whose, classes in (("subject", ours), ("reference", theirs)):
-        if classes and (none := len(classes.names) - len(classes.labels.unique())):
-            flags.append(f"no images of {none:,} of {len(classes.names):,} classes of the {whose} are among those used")
-    if ours and theirs and (said := numbered_alike(ours, theirs)[1]):
-        flags.append(said)
-    return flags
+# --- on the screen ---------------------------------------------------------------------------------------------------
 
 
 def _print(found: dict[str, Any], out: Path) -> None:

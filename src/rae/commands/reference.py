@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import yaml
 
 from rae.commands.feature_folder import size_of
@@ -14,7 +13,6 @@ from rae.data.image_set import ImageError, Images, digest
 from rae.data.images import DataConfig, Views, open_images, split_images
 from rae.evaluation.judge import INCEPTION
 from rae.evaluation.reference import (
-    DIGESTS,
     Gaussian,
     ReferenceError,
     is_adm_reference,
@@ -25,7 +23,6 @@ from rae.folders import checkpoints, run_of
 from rae.training.checkpoint import read_state
 
 TRAINED, HELD_OUT, BOTH, UNKNOWN = "training images", "held-out images", "training and held-out images", "unknown"
-SAME = "subject and reference are the same images: distances are 0 whatever these are"
 
 
 @dataclass(frozen=True)
@@ -114,43 +111,6 @@ def check_size(subject: str, ours: Sequence[int], reference: Reference, data: Da
             f"mean nothing. Make a reference at {ours} (`rae reference ... --size`), or, if the subject's are larger, "
             f"crop them: --size {theirs.replace(' ', '')}."
         )
-
-
-def shared_images(own: Features, whole: Features) -> str | None:
-    """What is to be said of images that subject and reference share, pixel for pixel, in whatever files and order.
-
-    Files of earlier versions hold the digests of the rows that they keep, or none: then the identity of the whole set
-    can tell that it is the same, and what nobody can tell is said. Beside moments of ADM lie some images, not
-    necessarily those that the moments are of.
-    """
-    ours, theirs = (next(iter(each.sets.values())) for each in (own, whole))
-    known = theirs.rows.get(DIGESTS) if theirs.digests is None else theirs.digests
-    source, count = whole.about["source"], whole.about["images"]
-    earlier = f"for an earlier version made the file; make it again with `rae reference {source}`"
-    if known is None:
-        not_known = f"whether images of the subject are also in the reference is not known, {earlier}"
-        return SAME if own.about["identity"] == whole.about["identity"] else not_known
-    shared = int(torch.isin(ours.digests, known).sum())
-    some = f"{shared:,} of the subject's {len(ours.digests):,} images are also"
-    if theirs.count is None:
-        return f"{some} among the {len(known):,} that {source} holds beside its moments" if shared else None
-    if len(known) < count:
-        kept = f"the {len(known):,} of the reference's {count:,} images that the file keeps"
-        return f"{some} among {kept}; whether they are among the others is not known, {earlier}"
-    if torch.equal(ours.digests, known.sort().values):
-        return SAME
-    return f"{some} in the reference" if shared else None
-
-
-def resized(whole: Features) -> str | None:
-    """What is to be said of images of a reference that were brought to the subject's size."""
-    if not whole.resized:
-        return None
-    size = " x ".join(map(str, whole.about["size"]))
-    return (
-        f"{whole.resized:,} of {whole.about['images']:,} images of the reference have another size, and are scaled and "
-        f"cropped to the subject's {size}"
-    )
 
 
 # --- whose images ----------------------------------------------------------------------------------------------------
