@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import os
 import struct
 import zlib
@@ -16,7 +17,7 @@ from PIL import Image
 from rae.config import ConfigError, load_recipe, parse
 from rae.data.crops import center_crop, random_crop
 from rae.data.folders import without_images
-from rae.data.image_set import PassedOver, read_image
+from rae.data.image_set import Images, PassedOver, read_image
 from rae.data.images import (
     DataConfig,
     ImageError,
@@ -30,6 +31,7 @@ from rae.data.images import (
     to_unit,
 )
 from rae.data.order import batch_positions, crop_draws, epoch_order, image_index, mirrored, noise_draws
+from rae.data.streams import StreamError
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -487,6 +489,38 @@ def test_files_that_are_not_8_bit_colour(tmp_path):
         read_image(tmp_path / "deep.png")
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "grey.png")
     assert (read_image(tmp_path / "grey.png") == np.arange(64, dtype=np.uint8).reshape(8, 8, 1)).all()
+
+
+def raises_runtime_error(file: bytes) -> bool:
+    try:
+        with Image.open(io.BytesIO(file)) as opened:
+            opened.load()
+    except RuntimeError:
+        return True
+    except (OSError, ValueError, SyntaxError):
+        return False
+    return False
+
+
+def test_a_damaged_avif_is_skipped_and_an_error_of_ours_is_not(tmp_path):
+    Image.fromarray(picture(40, 56)).save(tmp_path / "0.avif")
+    whole = (tmp_path / "0.avif").read_bytes()
+    flipped = (whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :] for at in range(len(whole)))
+    damaged = next(filter(raises_runtime_error, flipped))
+
+    def read(index: int) -> np.ndarray:
+        if index == 2:
+            raise StreamError("the hub cannot be reached")
+        return read_image((whole, damaged)[index], f"row {index}")
+
+    images, config = Images(["a", "b", "c"], [0] * 3, None, "", read), DataConfig(source="", on_broken="skip")
+    with pytest.raises(ImageError, match=r"^row 1: cannot be decoded \(.*decode.*\)\. Replace or remove it, .*skip\.$"):
+        images[1]
+    with pytest.raises(StreamError, match="the hub cannot be reached"):
+        list(loader(Views(images, config, (24, 24)), [range(3)], config))
+    images = Images(["a", "b"], [0] * 2, None, "", read)
+    (batch,) = loader(Views(images, config, (24, 24)), [range(2)], config)
+    assert batch["index"].tolist() == [0, 0]
 
 
 def png(pixels: np.ndarray) -> bytes:

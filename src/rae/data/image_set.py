@@ -14,6 +14,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 NO_CLASSES = "or leave classes alone: --label '', in a recipe data.label= and nothing behind it."
 SKIP = "or have it skipped: --skip-broken, in a recipe data.on_broken: skip."
+# what Pillow raises of damaged files: RuntimeError of AVIF
+UNDECODABLE = (OSError, SyntaxError, TypeError, ValueError, RuntimeError, struct.error, Image.DecompressionBombError)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -69,7 +71,7 @@ def read_image(file: str | Path | bytes, name: str | None = None) -> np.ndarray:
             return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
     except FileNotFoundError as error:
         raise ImageError(f"{name}: {not_there(file)}. Fetch or remove it, {SKIP}") from error
-    except (OSError, SyntaxError, TypeError, ValueError, struct.error, Image.DecompressionBombError) as error:
+    except UNDECODABLE as error:
         if isinstance(error, ImageError):
             raise
         reason = "not an image that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
