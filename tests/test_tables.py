@@ -204,6 +204,9 @@ def test_labels_that_cannot_be(tmp_path):
             (COLOURS, [0, -1, 2], r"x\d\.parquet row 1: the label in label is -1, of classes from 0 to 2"),
             (Value("int64"), [0, 1, -3], r"x\d\.parquet row 2: the label in label is -3, of classes from 0\."),
             (Value("int64"), [0, None, 1], r"x\d\.parquet row 1: the label in label is None"),
+            (Value("string"), ["cat", None, "dog"], r"x\d\.parquet row 1: the label in label is None\. .*--label ''"),
+            (Value("large_string"), [None, None, None], r"x\d\.parquet row 0: the label in label is None"),
+            (COLOURS, [0, 1, None], r"x\d\.parquet row 2: the label in label is None"),
             (Value("float32"), [0.0, 1.0, 2.0], r"the column label is Value\('float32'\); classes are of type"),
         ]
     ):

@@ -202,19 +202,22 @@ def classes(
     if isinstance(kind, datasets.ClassLabel) and set(values) == {-1}:
         return [0] * len(values), None  # how the hub marks a test set whose classes are kept secret
     dtype = getattr(kind, "dtype", "")
-    if dtype in ("string", "large_string") and None not in values:
-        class_names = sorted(set(values))
-        numbers = {value: number for number, value in enumerate(class_names)}
-        return [numbers[value] for value in values], class_names
     if not isinstance(dtype, str) or not re.fullmatch(r"u?int\d+|(large_)?string", dtype):
         raise ImageError(
             f"{where}: the column {column} is {kind}; classes are of type ClassLabel, whole numbers or strings. Name "
             f"another with --label, in a recipe data.label, {NO_CLASSES}"
         )
+    if None in values:
+        row = names[values.index(None)]
+        raise ImageError(f"{row}: the label in {column} is None. Give a label to each row, {NO_CLASSES}")
+    if dtype.endswith("string"):
+        class_names = sorted(set(values))
+        numbers = {value: number for number, value in enumerate(class_names)}
+        return [numbers[value] for value in values], class_names
     class_names = kind.names if isinstance(kind, datasets.ClassLabel) else None
     most = len(class_names) if class_names else float("inf")
     for row, value in zip(names, values):
-        if value is None or not 0 <= value < most:
+        if not 0 <= value < most:
             raise ImageError(
                 f"{row}: the label in {column} is {value}, of classes from 0"
                 + f" to {most - 1}" * bool(class_names)
