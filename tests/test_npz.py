@@ -159,6 +159,14 @@ def test_a_file_that_changes_is_noticed(file):
         images[0]
 
 
+def test_paths_are_printed_as_they_are(tmp_path, capsys):
+    for name in ("j [v2]", "[/]"):
+        (tmp_path / name).mkdir(parents=True)
+        np.savez_compressed(tmp_path / name / "x.npz", PIXELS)
+        assert same(open_images(tmp_path / name / "x.npz"))
+        assert f"{tmp_path / name / 'x.npz'}: compressed, so its images take" in capsys.readouterr().err
+
+
 def test_compressed_images_that_memory_does_not_hold(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "x.npz", PIXELS)
     monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": PIXELS.nbytes, "SC_PHYS_PAGES": 2}[name])

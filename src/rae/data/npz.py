@@ -18,6 +18,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 
 from rae import processes
 from rae.data.image_set import NO_CLASSES, ImageError, Images, digest
@@ -78,7 +79,7 @@ def _open(file: Path, image: str, label: str | None) -> tuple[Batch, tuple[list[
             check_directory(archive)
             held = {name.removesuffix(".npy"): name for name in archive.namelist()}
             _check_held(file, held, image, label)
-            with Console(stderr=True).status(f"Check {file}"):
+            with Console(stderr=True).status(f"Check {escape(str(file))}"):
                 batch = _images(file, archive, archive.getinfo(held[image]))
             name = LABELS if label is None and LABELS in held else label
             return batch, _labels(file, archive, held[name], batch.count) if name else None
@@ -223,7 +224,8 @@ def _load(file: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, needed:
             f"{file}: its images are {how} and must go into memory, {size} in each of {sharing} processes; this "
             f"machine has {memory / 2**30:.2f} GiB. Write them by np.savez(file, np.ascontiguousarray(x))."
         )
-    Console(stderr=True).print(f"{file}: {how}, so its images take {size} of memory", highlight=False, soft_wrap=True)
+    said = f"{file}: {how}, so its images take {size} of memory"
+    Console(stderr=True).print(said, highlight=False, markup=False, soft_wrap=True)
     with archive.open(member) as array:
         return _whole(array)
 
