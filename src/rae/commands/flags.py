@@ -16,7 +16,7 @@ SAME = "subject and reference are the same images: distances are 0 whatever thes
 
 
 def skipped(**sets: dict[str, Any]) -> list[str]:
-    """What is to be said of images that could not be read, by "subject" and "reference" => what `look_at` says of it."""
+    """What is to be said of images that could not be read: "subject" or "reference" => how many are in `skipped`."""
     return [
         f"{missing:,} of {about['images'] + missing:,} images of the {whose} cannot be read and are left out"
         for whose, about in sets.items()
