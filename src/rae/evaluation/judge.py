@@ -88,23 +88,22 @@ def judge(
         pairs: the number of the image in each row of the samples, and of the reference, of samples that are
             reconstructions: one and what it is of have the same number. Errors are then of other pairs.
         turns: the samples' classes took turns, see `take_turns`, so that errors are of other samples of the same
-            classes; as of classes that are drawn, which is too large, where there is one sample of a class.
+            classes; as of classes that are drawn, which is too large, where there is one sample of a class, or where
+            the set has no classes.
 
     Returns:
         "METRIC/EXTRACTOR" => figure, without those of `left_out`.
 
     Raises:
         ValueError: too few images for a metric, other dimensions, features that are not finite; numbers of `pairs` that
-            are not those of all rows of both; turns of samples without classes.
+            are not those of all rows of both.
     """
     if pairs:
         samples, reference = _paired(samples, reference, *pairs)
     else:
         samples, reference = by_digest(samples), by_digest(reference)
     strata, how_turns = None, ""
-    if turns:
-        if samples.classes is None:
-            raise ValueError("these samples have no classes to take turns; leave `turns` out.")
+    if turns and samples.classes:
         strata = strata_of(samples.classes.labels)
         one = "error as if they were drawn, for of some there is one image"
         how_turns = f"; classes in turn, {one if strata is None else 'error within them'}"
