@@ -13,7 +13,7 @@ def train_decoder(recipe: Path, overrides: tuple[str, ...], out: Path) -> None:
     """Stage 1: train a decoder for a frozen encoder.
 
     RECIPE is a YAML file; KEY=VALUE changes one of its keys, as in run.batch=64. The same command again goes on with
-    an interrupted run, to the same bits.
+    an interrupted run; on a CPU it ends in the same bits.
     """
     from rae.config import load_recipe
     from rae.training.decoder import DecoderRecipe, train_decoder
@@ -27,7 +27,7 @@ def train_dit(recipe: Path, overrides: tuple[str, ...], out: Path) -> None:
     """Stage 2: train a diffusion transformer on latents.
 
     RECIPE is a YAML file; KEY=VALUE changes one of its keys, as in network.size=S. The same command again goes on with
-    an interrupted run, to the same bits.
+    an interrupted run; on a CPU it ends in the same bits.
     """
     from rae.config import load_recipe
     from rae.training.dit import train_dit
