@@ -337,6 +337,17 @@ def test_a_model_of_stage_1_reconstructs_what_it_is_compared_with(runs, look, ru
     both = torch.from_numpy(np.stack(pairs)).permute(0, 3, 1, 2).double() / 255
     original, decoded = both.chunk(2, dim=3)
     assert found["figures"]["psnr"]["value"] == pytest.approx(psnr(decoded, original).mean().item(), rel=1e-6)
+    said = "12 images against 12 images that these are of"
+    assert figures(tmp_path / "out")["frechet"]["protocol"] == said
+    halves = [tmp_path / side for side in ("left", "right")]  # the same images, which nobody knows to be pairs
+    for i, folder in enumerate(halves):
+        folder.mkdir()
+        for file in (tmp_path / "out/reconstructions").glob("*.png"):
+            Image.fromarray(np.split(np.asarray(Image.open(file)), 2, axis=1)[i]).save(folder / file.name)
+    run("evaluate", halves[1], "--reference", halves[0], *look, "--out", tmp_path / "apart")
+    together, apart = (figures(tmp_path / name)["frechet"] for name in ("out", "apart"))
+    assert together["value"] == pytest.approx(apart["value"], rel=1e-6)
+    assert together["error"] != pytest.approx(apart["error"], rel=0.01)
     run("evaluate", tmp_path / "out/reconstructions", *look, "--out", tmp_path / "again")
     assert values(tmp_path / "again") == values(tmp_path / "out")
 
@@ -387,6 +398,7 @@ def test_samples_are_asked_for_their_class(runs, look, run, refused, tmp_path):
     found = figures(tmp_path / "out")["class_agreement"]
     assert found["better"] == "higher"
     assert found["protocol"].startswith("20 images against 1,797, k = 20; of real images among each other 0.")
+    assert figures(tmp_path / "out")["frechet"]["protocol"].endswith("classes in turn, error within them")
     kept = tmp_path / "out/reference.safetensors"  # which knows the classes as well
     run("evaluate", tmp_path / "out/samples", "--reference", kept, *look, "--out", tmp_path / "again")
     assert figures(tmp_path / "again")["class_agreement"] == found
