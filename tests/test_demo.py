@@ -12,7 +12,7 @@ from tiny import save_encoder
 
 from rae import RAE, demo
 from rae.config import ConfigError
-from rae.data.images import ImageError, Views, center_crop, open_images, open_split, to_bytes, to_unit
+from rae.data.images import ImageError, Images, Views, center_crop, open_images, open_split, to_bytes, to_unit
 from rae.evaluation.reconstruction import psnr
 
 
@@ -148,6 +148,35 @@ def test_own_photos_by_class(encoder, tmp_path, capsys):
     assert sum(alt.startswith("cats") for alt in alts) == sum(alt.startswith("dogs") for alt in alts) > 0
     assert "23 images are too few to learn to generate" in text
     assert not any("asked class" in cell for cell in page.cells)
+
+
+NAMES = ["/m/01g317", "cat/dog", "cat/owl", "cat_dog", "Cat", "cat", " cat", "cat ", "", " ", "..", "../up", "é" * 200]
+CALLED = [*NAMES[:6], "cat (6)", "cat (7)", "class 8", "class 9", "..", "../up", "é" * 200]
+
+
+@pytest.mark.parametrize("missing", [set(), {0, 5, 8}])
+def test_classes_have_folders_of_their_own_whatever_they_are_called(tmp_path, monkeypatch, missing):
+    labels = [i % len(NAMES) for i in range(2 * len(NAMES))]
+
+    def read(index: int) -> np.ndarray:
+        if labels[index] in missing:
+            raise ImageError("not here")
+        return np.full((4, 4, 3), labels[index], np.uint8)
+
+    names = [f"x.parquet row {i}" for i in labels[:-1]] + ["é" * 200 + ".png"]
+    images = Images(names, labels, NAMES, "", read)
+    monkeypatch.setattr(demo.studies, "FEWEST", 4)
+    study = demo.studies.own_photos(tmp_path / "out", images, tmp_path / "photos", quick=True)
+    study.prepare()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    folders = sorted((tmp_path / "out/photos/images").iterdir())
+    assert len(folders) == len(NAMES) - len(missing)
+    assert [len(list(folder.iterdir())) for folder in folders] == [2] * len(folders)
+    there = [i for i in range(len(NAMES)) if i not in missing]
+    for config in (study.decoder.data, study.dit.data):
+        cut, _ = open_split(config.model_copy(update={"held_out": 0.0}))
+        assert cut.class_names == [CALLED[i] for i in there]
+        assert [cut[i][0][0, 0, 0] for i in range(len(cut))] == [there[label] for label in cut.labels]
 
 
 def test_the_same_photos_by_another_path(encoder, tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from rae.autoencoder.rae import RAE
-from rae.data.images import open_images
+from rae.data.images import open_images, open_split
 from rae.demo.measure import Findings
 from rae.demo.parts import Part, total
 from rae.demo.studies import Study
@@ -83,7 +83,7 @@ def _study(study: Study, found: Findings) -> list[str]:
 
 
 def _samples(study: Study, pictures: dict[str, np.ndarray], size: int) -> list[str]:
-    names = open_images(study.dit.data.source).class_names or []
+    names = open_split(study.dit.data)[0].class_names or []
     captions = {
         "unguided": "Without guidance.",
         "CFG": f"Classifier-free guidance {study.sampling.cfg:g}: away from what the model makes of no class.",

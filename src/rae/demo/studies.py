@@ -1,5 +1,7 @@
 """What the demo trains: data sets, and the recipes of both stages for each, as a user would write them."""
 
+import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +27,7 @@ _NETWORK = {
 }
 _WHOLE = {False: 448, True: 112}
 SIDE = 96  # pixels of photographs
+LONGEST = 40  # letters of a name in that of a file or folder
 FEWEST, MOST = 20, 1000  # of a user's images: fewer cannot be split, more could not be read in minutes
 ENOUGH = (
     f"the demo takes {FEWEST} or more: a tenth is held out, and what is left must show something in common. "
@@ -128,8 +131,13 @@ def own_photos(out: Path, images: Images, source: Path, quick: bool) -> Study:
     data = {"source": str(folder / "images"), "held_out": 0.1, "flip": True}
     chosen = subset(images, sorted(epoch_order(0, 0, len(images))[:MOST].tolist()))
     sheet = {"images": 8, "cfg": 2.0 if images.class_names else None}
+    if images.class_names:
+        data["class_names"] = str(folder / "classes.json")
 
     def prepare() -> None:
+        if images.class_names:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "classes.json").write_text(json.dumps(class_folders(images.class_names), indent=1))
         if (readable := cut_tiles(chosen, folder / "images", (1,))) < FEWEST:
             raise ImageError(f"{readable} of {len(chosen)} images of {source} can be read, {ENOUGH}")
 
@@ -168,6 +176,21 @@ def _right(pixels: np.ndarray) -> np.ndarray:
     return pixels[:, pixels.shape[1] * 2 // 3 :]
 
 
+def class_folders(names: Sequence[str]) -> dict[str, str]:
+    """Folders for classes, in their order, whatever these are called => what a recipe can call each of them.
+
+    A table's names may be paths, empty, or alike but for spaces at the ends.
+    """
+    found, taken, digits = {}, set(), len(str(len(names) - 1))
+    for number, name in enumerate(names):
+        called = name.strip() or f"class {number}"
+        while called in taken:
+            called += f" ({number})"
+        taken.add(called)
+        found[f"{number:0{digits}}_" + re.sub(r"\W+", "_", name)[:LONGEST]] = called
+    return found
+
+
 def cut_tiles(
     images: Images,
     folder: Path,
@@ -177,12 +200,13 @@ def cut_tiles(
     """Save images small, once, so that training does not decode large files again and again.
 
     The middle of each image, or of the `part` of it, is scaled to k SIDE pixels for each k of `scales` and cut into
-    k x k tiles k-row-column-name.png, in a folder for each class. What cannot be read is named and left out.
+    k x k tiles k-row-column-name.png, in the folder of its class. What cannot be read is named and left out.
 
     Returns:
         How many images could be read.
     """
     console, readable = Console(stderr=True), 0
+    classes = list(class_folders(images.class_names)) if images.class_names else None
     with progress("cutting", len(images)) as advance:
         for i, name in enumerate(images.names):
             try:
@@ -191,13 +215,13 @@ def cut_tiles(
                 console.print(f"[yellow]left out: {escape(str(error))}", highlight=False, soft_wrap=True)
                 continue
             readable += 1
-            parent = folder / images.class_names[label] if images.class_names else folder
+            parent = folder / classes[label] if classes else folder
             parent.mkdir(parents=True, exist_ok=True)
             for k in scales:
                 whole = center_crop(part(pixels), (k * SIDE, k * SIDE)).reshape(k, SIDE, k, SIDE, 3).swapaxes(1, 2)
                 for row, column in np.ndindex(k, k):
-                    path = parent / f"{k}-{row}-{column}-{i:05d}-{Path(name).stem}.png"
-                    Image.fromarray(whole[row, column]).save(path)
+                    file = f"{k}-{row}-{column}-{i:05d}-{Path(name).stem[:LONGEST]}.png"
+                    Image.fromarray(whole[row, column]).save(parent / file)
             advance(i + 1)
     return readable
 
