@@ -184,7 +184,7 @@ def test_beside_a_folder_of_images_anything_may_be_written(tmp_path, monkeypatch
     (tmp_path / "photos").mkdir()
     (tmp_path / "digits.npz").write_bytes(b"")
     monkeypatch.chdir(tmp_path)
-    for source in ("photos", "digits", "digits.npz", "photos/*.parquet", "hf:owner/name"):
+    for source in ("photos", "digits", "digits.npz", "photos/*.parquet", "hf:owner/name", ""):
         for out in (".", "out", "photos2", "photos/../out", "digits.npz.out"):
             check_outside(Path(out), source)
 
