@@ -772,7 +772,7 @@ def test_images_that_were_added_are_judged_with_the_others(sets, look, run, tmp_
     for i, file in enumerate(sorted(save_images(tmp_path / "more", 10, seed=9).iterdir())):
         file.rename(samples / f"{50 + i:03d}.png")
     told = run(*command, tmp_path / "out")
-    assert f"note: {first} is removed: it held features of other images, or at another size" in told
+    assert f"note: {first} is removed: features of other images, at another size" in told
     (second,) = (tmp_path / "out/features").iterdir()
     assert second != first
     run(*command, tmp_path / "new")

@@ -94,7 +94,7 @@ def _remove_others(place: Path) -> None:
     for other in sorted(place.parent.iterdir()):
         if other != place and (*other.glob("features.json"), *other.glob("*/features.json")):
             shutil.rmtree(other)
-            say(f"note: {other} is removed: it held features of other images, or at another size")
+            say(f"note: {other} is removed: features of other images, at another size, or by an earlier version")
 
 
 def open_extractors(names: Sequence[str], inception: Path | None, input_size: int | None) -> dict[str, Extractor]:
