@@ -1,6 +1,7 @@
 """Images of .npz files: read in place, from several files, with labels; what is damaged or laid out otherwise."""
 
 import functools
+import hashlib
 import io
 import os
 import pickle
@@ -203,6 +204,15 @@ def test_an_identity_covers_content_order_and_labels_but_no_name(tmp_path):
     }
     assert len(different) == 8
     assert identity(PIXELS, LABELS, label="") == identity(PIXELS)
+
+
+def test_identity_is_what_it_has_always_been(file):
+    """Resumed runs compare it."""
+    with zipfile.ZipFile(file) as archive:
+        content = f"{archive.getinfo('arr_0.npy').CRC:08x}"
+    for label, numbers, names in ((None, LABELS.tolist(), ["0", "1", "2"]), ("", [0] * 7, [])):
+        lines = [content, *map(str, numbers), *names]
+        assert open_images(file, label=label).identity == hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 # --- what cannot be read

@@ -1,5 +1,6 @@
 """WebDataset shards: samples by key, read in any order, damage named by shard and key."""
 
+import hashlib
 import io
 import os
 import tarfile
@@ -81,7 +82,16 @@ def test_labels_are_optional(tmp_path):
     assert (open_images(source).labels, open_images(source).class_names) == ([0, 0, 0], None)
     source = shard(tmp_path / "y.tar", samples(range(3)))
     assert (open_images(source, label="").labels, open_images(source, label="").class_names) == ([0, 0, 0], None)
-    assert open_images(source).identity != open_images(source, label="").identity
+    without = open_images(tmp_path / "x.tar").identity  # the same images
+    assert open_images(source).identity != open_images(source, label="").identity == without
+
+
+def test_identity_is_what_it_has_always_been(tmp_path):
+    """Resumed runs compare it."""
+    source = shard(tmp_path / "x.tar", samples(range(4)))
+    for label, numbers in ((None, [0, 1, 2, 0]), ("", [0] * 4)):
+        rows = "\n".join(f"{seed:04} {len(png(seed))} {number}" for seed, number in enumerate(numbers))
+        assert open_images(source, label=label).identity == hashlib.sha256(rows.encode()).hexdigest()
 
 
 def test_identity_follows_keys_sizes_and_labels(tmp_path):

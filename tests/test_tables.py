@@ -1,5 +1,6 @@
 """Parquet, Arrow, saved data sets and the hub's: columns by their type, classes by name, rows named in errors."""
 
+import hashlib
 import io
 import sys
 from pathlib import Path
@@ -95,6 +96,17 @@ def test_identity_follows_content_labels_and_order_and_not_the_place(tmp_path):
     black, white = ({"bytes": file.getvalue(), "path": None} for file in files)
     bitmaps = [Dataset.from_dict({"image": [image]}, Features(image=Image())) for image in (black, white)]
     assert identity(bitmaps[0], "black") != identity(bitmaps[1], "white")
+
+
+def test_identity_is_what_it_has_always_been(tmp_path):
+    """Resumed runs compare it. Classes that are left alone are not in it, so that it is that of images without any."""
+    source = parquet(rows(range(4)), tmp_path / "x.parquet")
+    content = [hashlib.sha256(png(seed)).hexdigest() for seed in range(4)]
+    for label, numbers, names in ((None, [0, 1, 2, 0], COLOURS.names), ("", [0] * 4, [])):
+        lines = [*(f"{len(png(seed))} {number}" for seed, number in enumerate(numbers)), *content, *names]
+        assert open_images(source, label=label).identity == hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    plain = parquet(rows(range(4)).remove_columns("label"), tmp_path / "plain.parquet")
+    assert open_images(plain).identity == open_images(source, label="").identity
 
 
 def test_training_reads_rows_as_files(tmp_path):

@@ -33,12 +33,17 @@ class Images:
 
     `images[i]` is (uint8 [H, W, 3], label). Without classes `class_names` is None and every label is 0, which is
     the null label of an unconditional model.
+
+    Attributes:
+        identity: SHA-256 (hex) that changes with the images' number, order, sizes in bytes and labels, as the source
+            has it; a resumed run compares it. The same images with their classes left alone have another one, except
+            of folders: where labels do not matter, open them with a label of "".
     """
 
     names: Sequence[str]
     labels: Sequence[int]
     class_names: list[str] | None
-    identity: str  # changes with the images' sizes in bytes, labels or order; a resumed run compares it
+    identity: str
     read: Callable[[int], np.ndarray]
 
     def __len__(self) -> int:
