@@ -385,6 +385,10 @@ def test_a_size_that_does_not_fit_is_refused_before_anything_is_made(runs, look,
     command = ["evaluate", runs / "dit", "--num", 8, "--size", 16, *look, "--out", tmp_path / "out", "--reference"]
     assert "have 16 x 16 pixels, those of" in refused(*command, tmp_path / "r.safetensors")
     assert "12 x 12 pixels (height x width), smaller than the 16 x 16 asked for" in refused(*command, small)
+    command = ["evaluate", runs / "dit", "--num", 8, *look, "--out", tmp_path / "out", "--reference"]
+    assert "have 16 x 16 pixels, those of" in refused(*command, tmp_path / "r.safetensors")
+    assert "24 x 24 pixels (height x width), smaller than the 32 x 32 asked" in refused(*command, large, "--size", 32)
+    assert "makes images of 16 x 16 pixels" in refused(*command, large, "--size", 24)
     command = ["evaluate", runs / "decoder", "--reference", large, *look, "--out", tmp_path / "out"]
     told = refused(*command, "--size", "17x16")
     assert "makes images of 16 x 16 pixels (height x width), smaller than the 17 x 16 asked for" in told

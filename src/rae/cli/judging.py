@@ -69,8 +69,8 @@ def evaluate(
     sampling = check_sampling(num=settings["num"], **sampling)
     written = {"rounding": "nearest", "latents": False, "npz": None, "no_pngs": False}
 
-    def sample(folder: Path) -> None:
-        sample_to_folder(subject, out=folder, batch=settings["batch"], **sampling, **written)
+    def sample(folder: Path, fits) -> None:
+        sample_to_folder(subject, out=folder, batch=settings["batch"], fits=fits, **sampling, **written)
 
     evaluate(subject, settings.pop("reference"), out, data=data, sample=sample, **settings)
 

@@ -46,6 +46,8 @@ FORMAT = 1
 LEAST_JUDGED = max(2 * PARTS[-1], PRDC_NEIGHBOURS + 1)  # images that every metric can take
 LEAST_COMPARED = PRDC_NEIGHBOURS + 1
 
+Fits = Callable[[tuple[int, int]], None]  # raises where images of (H, W) cannot be judged as was asked
+
 
 def _first(images: Images, num: int | None) -> Images:
     if num is not None and num > len(images):
@@ -144,7 +146,7 @@ def evaluate(
     lpips: bool,
     inception: Path | None,
     input_size: int | None,
-    sample: Callable[[Path], None],
+    sample: Callable[[Path, Fits], None],
     label: str | None = None,
 ) -> dict[str, Any] | None:
     """`rae evaluate`: figures of images that are there, or of a model's, which it makes first.
@@ -163,7 +165,7 @@ def evaluate(
         size: (H, W) to crop the subject's images to; None = they all have one.
         batch: images at a time.
         lpips: also LPIPS of reconstructions, for which VGG16 is needed.
-        sample: makes the samples of a model of stage 2 in the folder that it is given.
+        sample: makes the samples of a model of stage 2 in the folder that it is given, if their size fits.
         inception: file of its weights; None = torch hub's.
         input_size: of encoders, see `open_extractor`.
         label: what holds the classes, see `open_images`; None = where there is one, "" = leave classes alone.
@@ -254,8 +256,8 @@ def _prepare(
     *,
     num: int | None,
     batch: int,
-    sample: Callable[[Path], None],
-    fits: Callable[[tuple[int, int]], None],
+    sample: Callable[[Path, Fits], None],
+    fits: Fits,
 ) -> Subject:
     """The subject's images; those of a model are made first. `sides`: how the subject and what is given are read."""
     kind, needed = saved_kind(subject), f"{subject}: say what its images are compared with: --reference IMAGES or FILE."
@@ -273,7 +275,7 @@ def _prepare(
     if kind == "diffusion model":
         if given is None:
             raise ConfigError(needed)
-        sample(out / "samples")
+        sample(out / "samples", fits)
         return open_subject(str(out / "samples"), sides[0], None)
     judged = open_subject(subject, sides[0], num)
     if judged.originals is None and given is None:

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ def sample_to_folder(
     latents: bool,
     npz: Path | None,
     no_pngs: bool,
+    fits: Callable[[tuple[int, int]], object] | None = None,
 ) -> None:
     """`rae sample`: load the models, sample what is not in `out` yet, and say what is there and what it took.
 
@@ -76,6 +77,7 @@ def sample_to_folder(
         latents: keep them as well; a folder that keeps some keeps all.
         npz: one file of all images.
         no_pngs: remove the PNGs once they are in `npz`.
+        fits: is told (H, W) of the images before any is made, and raises where they would be of no use.
         The others are those of `generate` and `write_samples`.
 
     Raises:
@@ -106,6 +108,8 @@ def sample_to_folder(
         rae = other_autoencoder(autoencoder, diffusion, model)
     else:
         autoencoder, rae = autoencoder_of(diffusion, model, warn)
+    if fits:
+        fits(rae.output_size)
     say(f"autoencoder: {autoencoder}")
     rae = rae.to(device)
     if not latents and (latents := keeps_latents(out)):
