@@ -262,8 +262,8 @@ def _from_files(root: Path, files: Sequence[str], labels: list[int], class_names
     sizes = [_size(path) for path in paths]
     if gone := [path for path, size in zip(paths, sizes) if size < 0]:
         warnings.warn(
-            f"{root}: {len(gone):,} of {len(paths):,} images cannot be read: {gone[0]}, for one, where "
-            f"{not_there(gone[0])}. Fetch or remove them, {SKIP}",
+            f"{root}: {len(gone):,} of {len(paths):,} images cannot be read ({gone[0]}, for one: "
+            f"{not_there(gone[0])}). Fetch or remove each, {SKIP}",
             PassedOver,
             stacklevel=2,
         )
