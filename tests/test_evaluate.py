@@ -643,6 +643,17 @@ def test_reconstructions_know_how_many_images_were_left_out(runs, look, run, ref
     assert "figures.json is damaged" in refused("evaluate", tmp_path / "other", *look, "--out", tmp_path / "x")
 
 
+def test_reconstructions_of_labelled_arrays_are_of_the_images_that_rae_reconstruct_knows(runs, look, run, tmp_path):
+    """So `rae report` sets them side by side: labels play no part in what images these are."""
+    images, source = np.random.default_rng(0).integers(0, 255, (12, 16, 16, 3), dtype=np.uint8), tmp_path / "x.npz"
+    np.savez(source, arr_0=images, arr_1=np.arange(12) % 2)
+    run("reconstruct", runs / "decoder", source, "--out", tmp_path / "pairs")
+    run("evaluate", runs / "decoder", "--reference", source, *look, "--out", tmp_path / "out")
+    folders = tmp_path / "pairs", tmp_path / "out/reconstructions"
+    found = [json.loads((folder / "reconstructions.json").read_text()) for folder in folders]
+    assert found[0] == found[1]
+
+
 def test_a_reference_file_knows_how_many_images_were_left_out(sets, look, run, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     images = save_images(tmp_path / "images", 12, seed=0)

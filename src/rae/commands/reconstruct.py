@@ -60,7 +60,8 @@ def write_reconstructions(
         ValueError: `out` is inside the folder of images.
     """
     check_outside(out, data.source)
-    state, source = process_state(), open_images(data.source, data.image, data.label)
+    # labels play no part, and `rae report` pairs reconstructions by the identity of their images
+    state, source = process_state(), open_images(data.source, data.image, "")
     images = source if num is None else subset(source, range(min(num, len(source))))
     rae = RAE.from_pretrained(model).to(state.device)
     protocol = {"images": len(images), "size": list(rae.output_size), "rounding": rounding, "source": source.identity}
