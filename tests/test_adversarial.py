@@ -248,6 +248,8 @@ def test_settings_that_contradict_each_other(encoder, tmp_path, section, changes
 def test_the_discriminator_s_schedule_stays_where_one_key_is_given():
     given = AdversarialConfig.model_validate({"discriminator": {"optim": {"lr": 1e-4}}}).discriminator.optim
     assert (given.lr, given.final_lr, given.schedule, given.warmup) == (1e-4, 2e-5, "cosine", "1ep")
+    constant = {"discriminator": {"optim": {"schedule": "constant"}}}
+    assert AdversarialConfig.model_validate(constant).discriminator.optim.final_lr is None
     with pytest.raises(ValueError, match="adamw"):
         AdversarialConfig.model_validate({"discriminator": {"optim": {"name": "muon"}}})
 

@@ -130,6 +130,20 @@ def test_unusable_folders(tmp_path, make, message):
         open_images(make(tmp_path))
 
 
+def test_suffixes_of_data_files_are_in_lower_case(tmp_path):
+    """So a BACKUP.TAR beside images is none of them."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    Image.fromarray(picture(8, 8)).save(flat / "a.PNG")
+    (flat / "BACKUP.TAR").touch()
+    assert open_images(flat).names == [str(flat / "a.PNG")]
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables/X.PARQUET").touch()
+    for source in (tmp_path / "tables/X.PARQUET", tmp_path / "tables"):
+        with pytest.raises(ImageError, match="is a file of a kind that is not read|holds no images"):
+            open_images(source)
+
+
 def test_folders_without_images_are_told_of_classes_only(folder):
     assert without_images(folder) == ["empty"]
     assert without_images(folder / "b") == []  # flat: what is below it is no class

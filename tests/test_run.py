@@ -93,6 +93,17 @@ def test_a_run_that_is_refused_leaves_nothing(runs, refused, tmp_path):
     assert sorted(path.name for path in (tmp_path / "runs/x").iterdir()) == [".hidden", ".lock", "recipe.yaml"]
 
 
+def test_a_run_does_not_begin_among_its_images(tmp_path):
+    """Its sheets of pictures would be images, or a class, of the set."""
+    images(tmp_path / "images", 2)
+    for key in ("source", "held_out"):
+        recipe = decoder_recipe(tmp_path, **{f"data__{key}": str(tmp_path / "images")})
+        told = "is inside .*images, where what is written would be taken for its images; give an --out beside it"
+        with pytest.raises(ValueError, match=told), Run(tmp_path / "images/run", recipe, epoch=10):
+            pytest.fail("begun")
+        assert {path.name for path in (tmp_path / "images").iterdir()} == {"0.png", "1.png"}
+
+
 @pytest.mark.parametrize("computed", ["log.jsonl", "held-out-of-the-judge.safetensors", None])
 def test_what_was_computed_or_is_anothers_stays(tmp_path, computed):
     folder, other = tmp_path / "runs/x", tmp_path / "runs/other"

@@ -73,7 +73,7 @@ def find_data_files(source: str) -> list[Path]:
 
 def _in_folder(folder: Path) -> list[Path]:
     names, classes = _contents(folder)
-    files = [folder / name for name in names if _ends(name, FOLDER_SUFFIXES)]
+    files = [folder / name for name in names if name.endswith(FOLDER_SUFFIXES)]
     if not files:
         return []
     flat, below = (name for name in names if _ends(name)), (image for part in classes for image in _walk(folder, part))

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -35,6 +35,12 @@ class DiscriminatorOptimConfig(OptimizerConfig):
     final_lr: PositiveFloat | None = 2e-5
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: Duration = "1ep"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _constant_rate_has_no_other_end(cls, data: Any) -> Any:
+        constant = isinstance(data, dict) and data.get("schedule") == "constant"
+        return {"final_lr": None} | data if constant else data
 
 
 class DiscriminatorConfig(Config):

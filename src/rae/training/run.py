@@ -20,6 +20,7 @@ from rich.console import Console
 from rae.config import Config, ConfigError
 from rae.data.images import DataConfig, Images, Stream
 from rae.data.order import batch_positions
+from rae.folders import check_outside
 from rae.processes import accelerator
 from rae.training.checkpoint import checkpoints, keep_models, newest_checkpoint, read_state, save_checkpoint
 from rae.training.display import progress, save_sheet
@@ -122,7 +123,12 @@ class Run:
             ConfigError: another recipe.
             CheckpointError: the newest checkpoint is damaged.
             TrainingError: not a run folder, in use by another process, or its log is damaged.
+            ValueError: a new run inside the folder of its images.
         """
+        if not (self.folder / "recipe.yaml").exists():
+            for source in (self.recipe.data.source, self.recipe.data.held_out):
+                if isinstance(source, str):
+                    check_outside(self.folder, source)  # sheets of pictures would be taken for images of it
         with contextlib.ExitStack() as stack:
             if self.main:
                 stack.enter_context(claim(self.folder))
