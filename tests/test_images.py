@@ -140,7 +140,7 @@ def test_suffixes_of_data_files_are_in_lower_case(tmp_path):
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables/X.PARQUET").touch()
     for source in (tmp_path / "tables/X.PARQUET", tmp_path / "tables"):
-        with pytest.raises(ImageError, match="is a file of a kind that is not read|holds no images"):
+        with pytest.raises(ImageError, match=r"is a file of a kind that is not read|holds no images"):
             open_images(source)
 
 
