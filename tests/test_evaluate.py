@@ -776,6 +776,31 @@ def test_a_folder_with_the_evaluation_of_others_is_refused(sets, look, refused, 
     assert "evaluation.json is damaged (KeyError('subject')); remove it" in told
 
 
+def test_a_folder_with_the_evaluation_of_others_is_refused_before_a_model_makes_images(
+    sets, runs, look, refused, run, tmp_path
+):
+    real, other = (save_images(tmp_path / name, 12 + seed, seed=seed) for seed, name in enumerate("ro"))
+    run("evaluate", sets[0], "--reference", real, *look, "--out", tmp_path / "out")
+    before = sorted(tmp_path.rglob("*"))
+    dit = ["evaluate", runs / "dit", "--num", 8, "--steps", 2, *look, "--reference"]
+    decoder = ["evaluate", runs / "decoder", *look, "--reference"]
+    for command, model in ((dit, "dit"), (decoder, "decoder")):
+        told = refused(*command, real, "--out", tmp_path / "out")
+        assert f"is of another subject, {sets[0]}, not {runs / model}; give another folder" in told
+    assert sorted(tmp_path.rglob("*")) == before
+    for command, made in ((dit, "samples"), (decoder, "reconstructions")):
+        out = tmp_path / made
+        run(*command, real, "--out", out)
+        shutil.rmtree(out / made)
+        before = sorted(tmp_path.rglob("*"))
+        told = refused(*command, other, "--out", out)
+        assert f"is of another reference, {real}, not {other}; give another folder" in told
+        assert sorted(tmp_path.rglob("*")) == before
+        run(*command, real, "--out", out)  # what was removed is made again
+        copy = shutil.copytree(real, tmp_path / f"copy of {real.name}", dirs_exist_ok=True)
+        run(*command, copy, "--out", out)  # the same images by another name
+
+
 # --- folders of features
 
 

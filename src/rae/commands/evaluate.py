@@ -45,6 +45,7 @@ EVALUATION = "evaluation.json"
 FORMAT = 1
 LEAST_JUDGED = max(2 * PARTS[-1], PRDC_NEIGHBOURS + 1)  # images that every metric can take
 LEAST_COMPARED = PRDC_NEIGHBOURS + 1
+MADE = {"autoencoder": "reconstructions", "diffusion model": "samples"}  # kind of a model => folder of what it makes
 
 Fits = Callable[[tuple[int, int]], None]  # raises where images of (H, W) cannot be judged as was asked
 
@@ -198,11 +199,15 @@ def evaluate(
     if given and size:
         check_size(subject, size, given, data)
     fits = functools.partial(_check_made, subject, size=size, given=given, data=data)
+    _check_out(out, **_known_before(subject, given, out))
     judged = _prepare(subject, given, out, sides, num=num, batch=batch, sample=sample, fits=fits)
     _check_count(subject, len(judged.images), LEAST_JUDGED)
     if given and not size:
         check_size(subject, size_of(judged.images, data.on_broken), given, data)
-    _check_out(out, subject, judged, given)
+    against = _named(given) if given else (judged.source, None)
+    if judged.originals:
+        against = against[0], judged.originals.identity
+    _check_out(out, subject=(subject, judged.images.identity), reference=against)
     own = look_at(judged.images, size, look, out / "features", source=subject)
     whole = _look_at_reference(judged, given, own, look, out / "reference")
     if not process_state().is_main_process:
@@ -270,13 +275,13 @@ def _prepare(
         _first(given.images, num)  # raises where there are fewer
         fits(read_json(RAEConfig, find_folder(subject, "an autoencoder") / "config.json").decoder.output_size)
         of = sides[-1].model_copy(update={"source": given.source})
-        write_reconstructions(subject, of, out / "reconstructions", num=num, batch=batch, rounding="nearest")
-        return open_subject(str(out / "reconstructions"), sides[0], None)
+        write_reconstructions(subject, of, out / MADE[kind], num=num, batch=batch, rounding="nearest")
+        return open_subject(str(out / MADE[kind]), sides[0], None)
     if kind == "diffusion model":
         if given is None:
             raise ConfigError(needed)
-        sample(out / "samples", fits)
-        return open_subject(str(out / "samples"), sides[0], None)
+        sample(out / MADE[kind], fits)
+        return open_subject(str(out / MADE[kind]), sides[0], None)
     judged = open_subject(subject, sides[0], num)
     if judged.originals is None and given is None:
         raise ConfigError(needed)
@@ -304,23 +309,39 @@ def _check_made(
         check_size(subject, made, given, data)
 
 
-def _check_out(out: Path, subject: str, judged: Subject, given: Reference | None) -> None:
+def _known_before(subject: str, given: Reference | None, out: Path) -> dict[str, tuple[str, str | None]]:
+    """Of either side, for `_check_out`, what is known of it before a model makes its images."""
+    made = MADE.get(saved_kind(subject))
+    new = made is not None and not (out / made).exists()  # in a folder that is there, how they were made is compared
+    known = {"subject": (subject, None)} if new else {}
+    if given and made == "reconstructions":  # originals beside these have an identity of their own
+        return known | ({"reference": (given.source, None)} if new else {})
+    return known | ({"reference": _named(given)} if given else {})
+
+
+def _named(given: Reference) -> tuple[str, str]:
+    """What a reference is called, and its identity."""
+    if given.images:
+        return given.source, given.images.identity
+    return given.features.about["source"], given.features.about["identity"]
+
+
+def _check_out(out: Path, **now: tuple[str, str | None]) -> None:
     """Refuse a folder with the evaluation of others: images that are neither called the same nor the same.
+
+    Args:
+        out: the folder.
+        now: "subject" or "reference" => what it is called, and its identity; None = it is not made yet.
 
     Raises:
         OutputError: it is one, or nothing says.
     """
-    path, images = out / EVALUATION, judged.originals or given.images
+    path = out / EVALUATION
     if not path.is_file():
         return
-    if images:
-        against = given.source if given else judged.source, images.identity
-    else:
-        against = given.features.about["source"], given.features.about["identity"]
-    now = {"subject": (subject, judged.images.identity), "reference": against}
     try:
         found = json.loads(path.read_text())
-        before = {side: (found[side]["source"], found[side]["identity"]) for side in now}
+        before = {side: (found[side]["source"], found[side]["identity"]) for side in ("subject", "reference")}
     except (ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{path} is damaged ({error!r}); remove it, or give another folder.") from error
     for side, (source, identity) in now.items():
