@@ -643,6 +643,23 @@ def test_reconstructions_know_how_many_images_were_left_out(runs, look, run, ref
     assert "figures.json is damaged" in refused("evaluate", tmp_path / "other", *look, "--out", tmp_path / "x")
 
 
+@pytest.mark.parametrize("size", [[], ["--size", 12]])
+def test_a_pair_that_cannot_be_read_is_left_out_of_all_figures(runs, look, run, refused, tmp_path, size):
+    real = save_images(tmp_path / "real", 12, seed=1, size=(16, 16))
+    run("reconstruct", runs / "decoder", real, "--out", tmp_path / "pairs")
+    whole = shutil.copytree(tmp_path / "pairs", tmp_path / "whole")
+    (whole / "000003.png").unlink()  # as if it had never been
+    broken = tmp_path / "pairs/000003.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    command = ["evaluate", tmp_path / "pairs", *look, *size, "--out", tmp_path / "out"]
+    assert "000003.png: cannot be decoded" in refused(*command)
+    run(*command, "--skip-broken")
+    run("evaluate", whole, *look, *size, "--out", tmp_path / "without")
+    found = figures(tmp_path / "out")
+    assert found["psnr"]["protocol"] == "mean over 11 images and what they are of, 8 bits"
+    assert values(tmp_path / "out") == pytest.approx(values(tmp_path / "without"), rel=1e-6)
+
+
 def test_reconstructions_of_labelled_arrays_are_of_the_images_that_rae_reconstruct_knows(runs, look, run, tmp_path):
     """So `rae report` sets them side by side: labels play no part in what images these are."""
     images, source = np.random.default_rng(0).integers(0, 255, (12, 16, 16, 3), dtype=np.uint8), tmp_path / "x.npz"

@@ -220,7 +220,8 @@ def evaluate(
     role = role_of(subject, given) if given else UNKNOWN
     figures, missing = {}, {}
     if judged.originals:
-        pairs = [_cropped(half, size) if size else half for half in (judged.originals, judged.images)]
+        pairs = [subset(half, sorted(own.read)) for half in (judged.originals, judged.images)]  # without broken ones
+        pairs = [_cropped(half, size) for half in pairs] if size else pairs
         figures = judge_pairs(*pairs, distance, batch, process_state().device)
     drawn = {"pairs": (own.read, whole.read) if judged.originals else None}  # which errors depend on
     drawn["turns"] = judged.kind == "samples" and take_turns(judged.images.labels)
