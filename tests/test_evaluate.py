@@ -841,6 +841,20 @@ def test_images_that_were_added_are_judged_with_the_others(sets, look, run, tmp_
     assert "is removed" not in run(*command, tmp_path / "out")
 
 
+def test_what_rae_probe_keeps_in_the_same_folder_stays(look, run, tmp_path):
+    for i, name in enumerate(("dark", "light")):
+        save_images(tmp_path / "real" / name, 12, seed=i, size=(16, 16), mean=60 + 100 * i)
+    command = ["probe", tmp_path / "real", "pixels@16", "--neighbours", 5, "--out", tmp_path / "out"]
+    run(*command)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out/features").rglob("*.safetensors")}
+    judged = ["--reference", save_images(tmp_path / "other", 12, seed=9, size=(16, 16)), "--out", tmp_path / "out"]
+    (tmp_path / "out/features/damaged").mkdir()
+    (tmp_path / "out/features/damaged/features.json").write_text("")
+    assert "is removed" not in run("evaluate", tmp_path / "real", *judged, *look)
+    run(*command)
+    assert before == {file: file.stat().st_mtime_ns for file in before}
+
+
 def test_another_extractor_leaves_the_features_of_the_first(sets, look, run, tmp_path):
     from tiny import save_encoder
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from rae.evaluation.judge import INCEPTION
 from rae.evaluation.reference import FeatureSet
 from rae.processes import process_state
 
+KEYS = {"identity", "size", "crop"}  # in features.json of `write_features`, not in that of `rae probe`
 CROPPED, WHOLE = "centre crop, as in training", "as they are"
 
 
@@ -78,7 +79,7 @@ def look_at(
     write_features(images, size, look.extractors, place, data=look.data, batch=look.batch, crop=crop, what=what)
     sets, read, resized = {}, [], 0
     if process_state().is_main_process:
-        _remove_others(place)
+        remove_features(folder, lambda other, about: other != place and about.keys() >= KEYS)
         for name in look.extractors:
             sets[name], read = read_features(place, name, images, keep)
         resized = count_resized(place, next(iter(look.extractors)), size)
@@ -89,12 +90,25 @@ def look_at(
     return Features(about | {"crop": CROPPED if crop else WHOLE}, sets, read, resized)
 
 
-def _remove_others(place: Path) -> None:
-    """Remove features of other images, and those that earlier versions kept without a folder for each set of images."""
-    for other in sorted(place.parent.iterdir()):
-        if other != place and (*other.glob("features.json"), *other.glob("*/features.json")):
-            shutil.rmtree(other)
-            say(f"note: {other} is removed: features of other images, at another size, or by an earlier version")
+def remove_features(folder: Path, stale: Callable[[Path, dict[str, Any]], bool]) -> None:
+    """Remove features that are no longer used, which is said.
+
+    Args:
+        folder: of folders of features, each with its features.json or with folders that have one.
+        stale: folder, what stands in its features.json => whether it is to go. Other commands may keep theirs there.
+    """
+    for place in sorted(folder.iterdir()):
+        abouts = [_about(file) for file in (*place.glob("features.json"), *place.glob("*/features.json"))]
+        if abouts and all(stale(place, about) for about in abouts):
+            shutil.rmtree(place)
+            say(f"note: {place} is removed: features of other images, at another size, or by an earlier version")
+
+
+def _about(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}  # whose it is nobody knows, so it stays
 
 
 def open_extractors(names: Sequence[str], inception: Path | None, input_size: int | None) -> dict[str, Extractor]:
