@@ -382,6 +382,58 @@ def test_other_protocols_stand_in_other_rows(change, reason):
     assert apart([same, same]) == []
 
 
+TURNS = "classes in turn, error within them"
+
+
+def of_turns(protocol: str, error_of: str | None = None, name: str = "frechet/dino") -> dict:
+    found = evaluation({name: (10.0, 0.5, "lower")}, protocol=protocol)
+    found["figures"][name] |= {} if error_of is None else {"error_of": error_of}
+    return found
+
+
+def test_what_errors_are_of_keeps_no_figures_apart(tmp_path):
+    cells = []
+    for kinds in ((TURNS, TURNS), ("", TURNS)):
+        folder = tmp_path / kinds[0][:1]
+        for name, error_of in zip("ab", kinds):
+            path = make_evaluation(folder / name, FD) / "evaluation.json"
+            path.write_text(json.dumps(of_turns("500 images", error_of)))
+        report = Report([folder / name for name in "ab"], folder / "out")
+        assert "they do not compare" not in report.html
+        cells.append((f"<small>500 images; {TURNS}</small>" in report.markdown, report.row("frechet/dino")))
+    within = "10.00 ± 0.50\n+0.00 ± 0.71: within error"
+    assert cells == [
+        (True, ["10.00 ± 0.50", within]),  # said once
+        (False, ["10.00 ± 0.50", within.replace("\n", f"\n{TURNS}\n")]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "now"),
+    [
+        ("frechet/dino", f"500 images; {TURNS}", ("500 images", TURNS)),
+        ("frechet/dino", "500 images", ("500 images", "")),
+        ("precision/dino", "k = 3; no error of pairs", ("k = 3", "no error of pairs")),
+        ("frechet_infinite/dino", f"divided by digest and class; {TURNS}", ("divided by digest", TURNS)),
+        ("kid/dino", "all pairs", ("all pairs", "")),
+    ],
+)
+def test_earlier_versions_say_in_the_protocol_what_errors_are_of(name, before, now):
+    pair = [Evaluation(**of_turns(before, None, name)), Evaluation(**of_turns(*now, name))]
+    assert pair[0].figures == pair[1].figures
+    assert len(rows(pair)) == 1
+
+
+@pytest.mark.parametrize("said", [f"; {TURNS}", ""])  # "" before errors of classes in turn
+def test_kid_of_classes_in_turn_of_earlier_versions_is_another_figure(said):
+    """It is too low by several of its errors."""
+    before, now = of_turns(f"all pairs{said}", None, "kid/dino"), of_turns("all pairs", TURNS, "kid/dino")
+    before["subject"]["protocol"] = {"labels": [0, 1, 2] * 200}
+    assert len(rows([Evaluation(**before), Evaluation(**now)])) == 2
+    as_drawn = of_turns("all pairs, classes in turn as if they were drawn", "", "kid/dino")
+    assert len(rows([Evaluation(**before), Evaluation(**as_drawn)])) == 1
+
+
 def test_figures_that_stand_apart_are_told_by_their_titles():
     titled = evaluation(FD)
     titled["figures"]["frechet/dino"]["title"] = "FD (dino)"
@@ -712,6 +764,12 @@ def test_images_that_cannot_be_read_are_left_out_and_counted_where_that_is_asked
     assert "--image pixels: " in refused(*command[:-4], "--nearest", asks, "--image", "pixels")
     assert "cannot be decoded" in refused(*command[:-4], "--nearest", asks)
     run(*command[:-4], "--nearest", asks, "--skip-broken")
+    sound = (training / "004.png").read_bytes()
+    (training / "004.png").write_bytes(b"x" * len(sound))
+    anew = [tmp_path / "anew" if part == tmp_path / "out" else part for part in command]
+    run(*anew, "--skip-broken")
+    (training / "004.png").write_bytes(sound)
+    assert f"{training / '004.png'} could not be read when" in refused(*anew, "--skip-broken")
 
 
 @pytest.mark.parametrize(

@@ -899,6 +899,28 @@ def test_images_that_can_or_cannot_be_read_now_are_changed(small_chunks, sets, l
     assert "008.png has other pixels than when" in refused(*command)
 
 
+@pytest.mark.parametrize("side", [0, 1])
+def test_what_was_left_out_is_asked_for_again(sets, look, run, refused, tmp_path, side):
+    """Of a file that is damaged and mended the size in bytes may stay, which is what an identity is made of."""
+    folders = [shutil.copytree(folder, tmp_path / folder.name) for folder in sets]
+    file = folders[side] / "003.png"
+    sound = file.read_bytes()
+    file.write_bytes(b"x" * len(sound))
+    command = ["evaluate", folders[0], "--reference", folders[1], *look, "--out", tmp_path / "out"]
+    run(*command, "--skip-broken")
+    assert f"{file}: cannot be decoded" in refused(*command)
+    assert f"left out: {file} cannot be read" in run(*command, "--skip-broken")
+    file.write_bytes(sound)
+    for how in ([], ["--skip-broken"]):
+        told = " ".join(refused(*command, *how).split())
+        assert f"{file} could not be read when" in told
+        assert "and can be now" in told
+    (place,) = (tmp_path / "out" / ("features", "reference")[side]).iterdir()
+    assert f"Remove {place} and run the same command again" in told
+    shutil.rmtree(place)
+    assert "cannot be read" not in run(*command)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_start_once_for_all_chunks(small_chunks, sets, look, run, tmp_path, monkeypatch, workers):
     loader, started = feature_folder.loader, []

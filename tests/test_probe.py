@@ -254,6 +254,26 @@ def test_images_that_cannot_be_read_are_left_out_of_their_chunk(sets, tmp_path, 
     assert sum(left) == 60 - 21 < sum(whole["protocol"][part]["images"] for part in ("training", "test"))
 
 
+def test_an_image_that_can_be_read_again_is_not_left_out(sets, tmp_path):
+    images = Path(write_images(tmp_path / "images", 30))
+    file = sorted(images.rglob("*.png"))[7]
+    sound = file.read_bytes()
+    file.write_bytes(b"x" * len(sound))
+    data = DataConfig(source=str(images), on_broken="skip")
+
+    def unreadable() -> list[str]:
+        found = write_probe(["pixels@8"], data, 0.25, tmp_path / "out", pools=("none",), neighbours=5)
+        return found["protocol"]["test"]["unreadable"]
+
+    assert unreadable() == [str(file)]
+    file.write_bytes(sound)
+    with pytest.raises(OutputError, match=rf"{file} could not be read when .*, and can be now.* Remove"):
+        unreadable()
+    (place,) = (tmp_path / "out/features").iterdir()
+    shutil.rmtree(place)
+    assert unreadable() == []
+
+
 def test_sets_are_told_apart_by_pixels_and_not_by_sizes_in_bytes(tmp_path):
     """Uncompressed images of the same names are of one `Images.identity`, whatever they show."""
     for name, first in (("train", 0), ("test", 100)):

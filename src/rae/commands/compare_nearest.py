@@ -22,7 +22,7 @@ from rae.autoencoder.rae import RAE
 from rae.commands.compare_figures import DIFFERENT
 from rae.commands.compare_pictures import SHOWN, shown_width
 from rae.commands.compare_read import Compared, Pictures
-from rae.commands.feature_folder import read_features, write_features
+from rae.commands.feature_folder import check_left_out, read_features, write_features
 from rae.commands.fingerprint import fingerprint
 from rae.commands.look import say
 from rae.commands.pictures import checksum
@@ -116,9 +116,8 @@ def nearest_images(compared: Sequence[Compared], near: Nearest, folder: Path) ->
         named = {near.features: extractor}
         write_features(images, size, named, place, data=how, batch=near.batch, crop=True, what=what)
         found, read = read_features(place, near.features)
-        views, missing = Views(images, how, size), sorted(set(range(len(images))) - set(read))
+        views, missing = Views(images, how, size), check_left_out(images, read, place, how.on_broken)
         for index in missing:
-            views[index]  # raises where none is to be skipped, whatever an earlier call has left out
             say(f"left out: {images.names[index]} cannot be read")
         if missing:
             left_out.append(f"{len(missing):,} of {len(images):,} {what}")

@@ -153,6 +153,34 @@ def read_features(
     return found, numbers[order].tolist()
 
 
+def check_left_out(images: Images, numbers: Sequence[int], folder: Path, on_broken: str) -> list[int]:
+    """Numbers of the images that features in `folder` lack, since they could not be read, and cannot be now.
+
+    Args:
+        images: that features were made of.
+        numbers: of those that they are of, as of `read_features`.
+        folder: of the features.
+        on_broken: of `DataConfig`; what was skipped at one time is not to be at another.
+
+    Raises:
+        ImageError: one of them cannot be read, and is not to be skipped.
+        OutputError: one of them can be read.
+    """
+    missing = sorted(set(range(len(images))) - set(numbers))
+    for index in missing:
+        try:
+            images.read(index)
+        except ImageError:
+            if on_broken == "error":
+                raise
+        else:
+            raise OutputError(
+                f"{images.names[index]} could not be read when {folder} was made, and can be now: the features there "
+                f"lack it. Remove {folder} and run the same command again."
+            )
+    return missing
+
+
 def count_resized(folder: Path, name: str, size: tuple[int, int]) -> int:
     """How many of the images that `write_features` has brought to `size` (H, W) had another one."""
     parts = (_load(file, "original") for file in _files(folder, name))

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from rae.commands.feature_folder import count_resized, read_features, size_of, write_features
+from rae.commands.feature_folder import check_left_out, count_resized, read_features, size_of, write_features
 from rae.config import ConfigError
 from rae.data.image_set import Images
 from rae.data.images import DataConfig
@@ -82,8 +82,8 @@ def look_at(
         remove_features(folder, lambda other, about: other != place and about.keys() >= KEYS)
         for name in look.extractors:
             sets[name], read = read_features(place, name, images, keep)
+            missing = check_left_out(images, read, place, look.data.on_broken)
         resized = count_resized(place, next(iter(look.extractors)), size)
-        missing = sorted(set(range(len(images))) - set(read))
         for index in missing:
             say(f"left out: {images.names[index]} cannot be read")
     about = {"source": source, "identity": images.identity, "images": len(read), "size": list(size)}

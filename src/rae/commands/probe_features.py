@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from rae.autoencoder.baselines import is_baseline, open_autoencoder
 from rae.autoencoder.encoders import load_encoder
 from rae.autoencoder.latents import tokens_to_map
+from rae.commands.feature_folder import check_left_out
 from rae.commands.pictures import OutputError, claim
 from rae.config import ConfigError
 from rae.data.crops import center_crop
@@ -173,11 +174,12 @@ def read_features(space: Latents, pool: Pool, images: Images, data: DataConfig, 
     """What `write_features` has written for the same arguments, without images that could not be read.
 
     Raises:
-        OutputError: a file is damaged.
+        OutputError: a file is damaged; an image that could not be read then can be now.
     """
     place = _place(folder, space, pool, images, data)
     parts = [_load(_file(place, k)) for k in range(len(_chunks(images)))]
     features, index, digests = (torch.cat([part[name] for part in parts]) for name in ("features", "index", "digest"))
+    check_left_out(images, index.tolist(), place, data.on_broken)
     labels = torch.tensor(images.labels)[index]
     order = torch.from_numpy(np.lexsort((labels.numpy(), digests.numpy())))
     names = [images.names[i] for i in index[order].tolist()]
