@@ -296,7 +296,7 @@ def test_files_that_cannot_be_written_are_found_before_the_work(runs, refused, t
 def test_samples_are_not_begun_where_their_npz_has_no_room(runs, refused, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4 * 3 * 16 * 16 - 1))
     command = ["sample", runs / "dit", "--num", 4, "--out", tmp_path / "out", "--npz", tmp_path / "x.npz"]
-    assert f"{tmp_path / 'x.npz'} will take 0 MiB, 0 MiB are free there" in refused(*command)
+    assert f"{tmp_path / 'x.npz'} will take 3.1 kB, 3.1 kB are free there" in refused(*command)
     assert not list(tmp_path.iterdir())
 
 

@@ -297,7 +297,7 @@ def test_networks_that_are_not_alike_are_refused(network, changes, message):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(SourceError, match="nowhere: no such folder"):
         DiffusionModel.from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match=f"{re.escape(str(tmp_path))} is not a folder that rae saved"):
+    with pytest.raises(ConfigError, match=f"{re.escape(str(tmp_path))} holds no saved model"):
         DiffusionModel.from_pretrained(tmp_path)
 
 

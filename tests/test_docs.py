@@ -72,10 +72,12 @@ def keys(schema: type[Config], values: Config | None = None) -> Iterator[str]:
     """The lines of the schema's own source, as annotated YAML: sections nested, defaults and comments kept."""
     classes = [part for part in reversed(schema.__mro__) if issubclass(part, Config) and part is not Config]
     lines = [line for part in classes for line in inspect.getsource(part).splitlines()]
+    declared = {}  # the last class that declares a field says what it is, in the place where the first one does
     for line, following in zip(lines, [*lines[1:], ""]):
         field = re.fullmatch(r"    (\w+): (.+?)(?:  # (.*))?", line)
-        if not field or field[1] not in schema.model_fields:
-            continue
+        if field and field[1] in schema.model_fields:
+            declared[field[1]] = field, following
+    for field, following in declared.values():
         info = schema.model_fields[field[1]]
         if sections := list(_configs_in(info.annotation)):
             yield f"{field[1]}:"

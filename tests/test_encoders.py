@@ -139,7 +139,7 @@ def test_patches_of_14_see_fourteen_sixteenths(tmp_path):
     assert load_encoder(folder, image_size=28).config.input_size == (28, 28)
     assert describe_encoder(folder, image_size=(32, 64), input_size=42).input_size == (42, 42)
     with pytest.raises(
-        ValueError, match=r"30 x 30 pixels, not a multiple of its patch size 14; pass input_size=\(28, 28"
+        ValueError, match=r"30 x 30 pixels, not a multiple of its patch size 14; an input size of 28 x 28 would be"
     ):
         load_encoder(folder, image_size=30)
 

@@ -238,9 +238,9 @@ def test_best_is_found_anew_where_other_images_decide(tmp_path, capsys, folder, 
 @pytest.mark.parametrize(
     ("duration", "evaluate", "save_every", "said", "logged"),
     [
-        ("20st", "5st", "7st", "among 1 of the 4 steps that are judged, which is the last one", 1),
+        ("20st", "5st", "7st", "among 1 of the 4 steps that are judged, the last one.", 1),
         ("20st", "4st", "10st", "among 1 of the 5 steps", 1),
-        ("40st", "4st", "10st", "among 2 of the 10 steps that are judged, with the last one", 0),
+        ("40st", "4st", "10st", "among 2 of the 10 steps that are judged, the last one among them.", 0),
         ("20st", "5st", "5st", None, 0),
         ("20st", "10st", "5st", None, 0),
         ("20st", "20st", "7st", None, 0),  # judged at the end, which is always saved

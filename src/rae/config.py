@@ -84,7 +84,7 @@ def read_json(schema: type[C], path: str | Path) -> C:
     """Read a `config.json` of a saved model; errors as in `parse`."""
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"{path} is missing: {path.parent} is not a folder that rae saved.")
+        raise ConfigError(f"{path} is missing: {path.parent} holds no saved model.")
     try:
         data = json.loads(path.read_bytes())
     except ValueError as error:  # not JSON, or not text at all

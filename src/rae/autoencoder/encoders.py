@@ -402,7 +402,7 @@ def _input_size(image_size: tuple[int, int], input_size: int | tuple[int, int] |
         nearest = [max(round(side / patch), 1) * patch for side in size]
         raise ValueError(
             f"the network would see {size[0]} x {size[1]} pixels, not a multiple of its patch size {patch}; "
-            f"pass input_size=({nearest[0]}, {nearest[1]}) or change image_size."
+            f"an input size of {nearest[0]} x {nearest[1]} would be (input_size, --input-size), or change the images'."
         )
     return size
 

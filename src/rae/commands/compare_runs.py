@@ -244,10 +244,11 @@ def _sheet(found: Mapping[str, RunFiles], paths: Mapping[str, Path]) -> list[Pie
     moments = {name: f"{int(path.stem):,}" for name, path in paths.items()}
     seen = ", ".join(f"{name} {images}" for name, images in moments.items())
     seen = moments[next(iter(moments))] if len(set(moments.values())) == 1 else seen
-    stage = next(iter(found.values())).stage
-    what = (
-        "Held-out images and their reconstructions" if stage == 1 else "Samples of the same seeds and classes in turn"
-    )
+    what = "Samples of the same seeds and classes in turn"
+    if next(iter(found.values())).stage == 1:
+        held_out = {bool(run.recipe["data.held_out"]) for run in found.values()}
+        whose = {(True,): "Held-out images", (False,): "Training images"}.get((*held_out,), "Images")
+        what = f"{whose} and their reconstructions"
     shown = [row[None] for row in rows.values()]
     return [sheet(shown, f"{what}. Images seen: {seen}.", names=list(rows), size=WIDTH)]
 

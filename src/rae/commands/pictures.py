@@ -60,6 +60,12 @@ def claim(folder: Path, file: str, protocol: dict[str, Any], grows: tuple[str, .
             for key, (was, now) in pairs.items()
             if was != now and not (key in grows and _begins(now, was))
         }
+        if refused and all(key in grows and _begins(was, now) for key, (was, now) in refused.items()):
+            counts = ", ".join(f"{key}: {was} -> {now}" for key, (was, now) in refused.items() if isinstance(was, int))
+            raise OutputError(
+                f"{folder} was begun with more ({counts}). It can grow and not shrink: ask for as many, or give another "
+                "folder."
+            )
         if refused:
             lines = "\n".join(f"  {key}: {str(was)[:60]} -> {str(now)[:60]}" for key, (was, now) in refused.items())
             raise OutputError(

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
@@ -236,8 +237,8 @@ def _check_room(path: Path, size: int, remedy: str) -> None:
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     if size > (free := shutil.disk_usage(parent).free):
         raise OutputError(
-            f"{path} will take {size / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free there; make room, give "
-            f"another place, or {remedy}."
+            f"{path} will take {decimal(size)}, {decimal(free)} are free there; make room, give another place, or "
+            f"{remedy}."
         )
 
 
@@ -285,7 +286,7 @@ def _written(out: Path, protocol: dict[str, Any], rae: Autoencoder, npz: Path | 
     table.add_row(escape(f"{out}/{PROTOCOL}"), "how they were made, and what it took")
     table.add_row(escape(str(_overview(out))), "the first of them, by class")
     if npz:
-        table.add_row(escape(str(npz)), f"{images}, {npz.stat().st_size / 2**20:,.1f} MiB")
+        table.add_row(escape(str(npz)), f"{images}, {decimal(npz.stat().st_size)}")
     return table
 
 

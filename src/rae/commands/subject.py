@@ -54,7 +54,7 @@ def open_subject(source: str, data: DataConfig, num: int | None) -> Subject:
 
     Raises:
         ImageError: nothing that can be read.
-        OutputError: a protocol that cannot be read; fewer images than `num`.
+        OutputError: a protocol that cannot be read; samples that were packed; fewer images than `num`.
     """
     folder = Path(source).expanduser()
     originals, protocol, without = None, {}, 0
@@ -62,6 +62,9 @@ def open_subject(source: str, data: DataConfig, num: int | None) -> Subject:
         kind, protocol = "reconstructions", _read(folder / RECONSTRUCTIONS)
         originals, images = _halves(folder)
     else:
+        packed = (folder / PROTOCOL).is_file() and not any(folder.glob("*.png"))
+        if packed:
+            raise OutputError(f"{source} has no pictures of its samples: they were packed (--no-pngs). Judge the .npz.")
         kind, images = "images", open_images(source, data.image, data.label)
         if (folder / PROTOCOL).is_file():
             kind, protocol = "samples", _read(folder / PROTOCOL)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rae.data.image_set import SKIP, SUFFIXES, ImageError, Images, PassedOver, digest, not_there, read_image
+from rae.data.image_set import SUFFIXES, ImageError, Images, PassedOver, digest, not_there, read_image
 
 # images as well, and not read
 OTHER_SUFFIXES = (
@@ -262,8 +262,8 @@ def _from_files(root: Path, files: Sequence[str], labels: list[int], class_names
     sizes = [_size(path) for path in paths]
     if gone := [path for path, size in zip(paths, sizes) if size < 0]:
         warnings.warn(
-            f"{root}: {len(gone):,} of {len(paths):,} images cannot be read ({gone[0]}, for one: "
-            f"{not_there(gone[0])}). Fetch or remove each, {SKIP}",
+            f"{root}: {len(gone):,} of {len(paths):,} images are not there ({gone[0]}, for one: {not_there(gone[0])}), "
+            "and are images that cannot be read",
             PassedOver,
             stacklevel=2,
         )

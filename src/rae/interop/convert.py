@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 from safetensors import safe_open
@@ -209,5 +210,5 @@ def _summary(path: str | Path, kind: Kind, model: RAE | DiffusionModel, out: Pat
         table.add_row("classes", f"{classes:,}, " + (escape(f"{names[0]!r} ...") if names else "without names"))
         table.add_row("bound to latents", identity[:12] if identity else "none: it takes any of this shape")
     for file in sorted(p for p in out.rglob("*") if p.is_file()):
-        table.add_row(str(file.relative_to(out)), f"{file.stat().st_size / 2**20:.1f} MiB")
+        table.add_row(str(file.relative_to(out)), decimal(file.stat().st_size))
     return table

@@ -32,7 +32,7 @@ class DiscriminatorOptimConfig(OptimizerConfig):
 
     name: Literal["adamw"] = "adamw"  # Muon is for matrices, and its weights are convolutions
     lr: PositiveFloat = 2e-4
-    final_lr: PositiveFloat | None = 2e-5
+    final_lr: PositiveFloat | None = 2e-5  # None = lr, as with a constant schedule
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: Duration = "1ep"
 

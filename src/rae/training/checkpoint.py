@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -181,10 +182,9 @@ def _written(run: Path, final: Path, write: Callable[[Path], None], pointers: li
         shutil.rmtree(hidden, ignore_errors=True)
         kept = checkpoints(run)
         last = f"The last good checkpoint is {kept[-1]}" if kept else "There is no earlier checkpoint"
-        free = shutil.disk_usage(run).free / 2**20
+        free = decimal(shutil.disk_usage(run).free)
         raise CheckpointError(
-            f"{final} could not be written: {error}. {free:.0f} MiB are free. {last}. Make room and run the same "
-            "command again."
+            f"{final} could not be written: {error}. {free} are free. {last}. Make room and run the same command again."
         ) from error
 
 

@@ -55,9 +55,8 @@ def best_warning(evaluate: Duration, save: Duration, *, batch: int, epoch: int, 
         return None, both
     return (
         f"held-out images are judged every {evaluate} and checkpoints saved every {save}: `best` is chosen among "
-        f"{both + 1:,} of the {len(judged) + 1:,} steps that are judged, {'with' if both else 'which is'} the last "
-        f"one.\nrun.save_every={evaluate} saves all that are judged, run.evaluate_every={save} judges all that are "
-        "saved."
+        f"{both + 1:,} of the {len(judged) + 1:,} steps that are judged, the last one{' among them' * (both > 0)}.\n"
+        f"run.save_every={evaluate} saves all that are judged, run.evaluate_every={save} judges all that are saved."
     ), both
 
 
