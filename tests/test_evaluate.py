@@ -739,21 +739,40 @@ def test_features_lie_in_no_hidden_folder(tmp_path, name):
 
 
 @pytest.mark.parametrize("into", ["", "judged", "deep/judged"])
-def test_nothing_is_written_into_the_images_that_are_read(sets, runs, look, run, refused, tmp_path, into):
-    samples, real = (shutil.copytree(folder, tmp_path / folder.name) for folder in sets)
+def test_no_pictures_are_written_into_the_images_that_are_read(sets, runs, look, refused, tmp_path, into):
+    real = shutil.copytree(sets[1], tmp_path / "real")
+    (tmp_path / "classes").mkdir()
+    (tmp_path / "classes/noise").symlink_to(real)
     before = sorted(tmp_path.rglob("*"))
-    for subject, reference, inside in (
-        (samples, real, samples),
-        (samples, real, real),
-        (runs / "decoder", real, real),
-        (runs / "dit", real, real),
-    ):
-        num = ["--num", 12] if subject.name == "dit" else []
-        told = refused("evaluate", subject, "--reference", reference, *num, *look, "--out", inside / into)
-        assert f"--out {inside / into} is inside {inside}, where what is written would be taken for its images" in told
-    told = refused("reference", real, *look, "--out", real / into / "r.safetensors")
-    assert f"is inside {real}" in told
+    for model in ("decoder", "dit"):
+        num = ["--num", 12] if model == "dit" else []
+        for reference, inside in ((real, real), (real.parent / "classes", real.parent / "classes/noise")):
+            told = refused("evaluate", runs / model, "--reference", reference, *num, *look, "--out", real / into)
+            assert f"--out {real / into} is inside {inside}, where what is written would be taken for its image" in told
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("into", ["", "judged", "dark/judged"])
+def test_features_and_figures_may_lie_among_images(look, run, tmp_path, flat, into):
+    """They change neither which images nor which classes there are."""
+    for i, kind in enumerate(("dark", "light")):
+        save_images(tmp_path / "images" / kind, 12, seed=i, mean=60 + 100 * i)
+        save_images(tmp_path / "real" / kind, 12, seed=8 + i, mean=60 + 100 * i)
+    images, real = (tmp_path / name / ("dark" if flat else "") for name in ("images", "real"))
+    before = [open_images(folder) for folder in (images, real)]
+    for folder in (images, real):
+        run("evaluate", images, "--reference", real, *look, "--out", folder / into)
+        assert not any(
+            "without images" in flag for flag in json.loads((folder / into / "evaluation.json").read_text())["flags"]
+        )
+    run("reference", real, *look, "--out", real / into / "r.safetensors")
+    if not flat:
+        run("probe", images, "pixels@12", "--neighbours", 5, "--out", images / "probed")
+    for was, now in zip(before, (open_images(images), open_images(real))):
+        assert (now.identity, now.class_names, now.names) == (was.identity, was.class_names, was.names)
+    told = run("evaluate", images, "--reference", real, *look, "--out", tmp_path / "elsewhere")
+    assert "without images" not in told
 
 
 def test_an_evaluation_may_lie_in_the_run_that_it_is_of(runs, look, run, tmp_path):

@@ -180,6 +180,18 @@ def test_nothing_is_written_into_a_folder_of_images(tmp_path, out, monkeypatch):
             check_outside(tmp_path / out, source)
 
 
+def test_nothing_is_written_into_classes_that_are_links(tmp_path):
+    for name in ("disk/cat/deep", "disk/dog", "photos", "hidden"):
+        (tmp_path / name).mkdir(parents=True)
+    for name, to in (("cat", "disk/cat"), (".hidden", "hidden"), ("gone", "nowhere"), ("loop", "photos/loop")):
+        (tmp_path / "photos" / name).symlink_to(tmp_path / to)
+    for out in ("disk/cat", "disk/cat/deep/out"):
+        with pytest.raises(ValueError, match=rf"--out {tmp_path / out} is inside {tmp_path}/photos/cat, where what is"):
+            check_outside(tmp_path / out, tmp_path / "photos")
+    for out in ("disk", "disk/dog/out", "disk/cats", "hidden/out", "nowhere"):
+        check_outside(tmp_path / out, tmp_path / "photos")
+
+
 def test_beside_a_folder_of_images_anything_may_be_written(tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     (tmp_path / "digits.npz").write_bytes(b"")

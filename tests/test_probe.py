@@ -340,9 +340,6 @@ def test_what_cannot_be_probed_is_said(sets, encoder, tmp_path):
     assert not (tmp_path / "out2").exists()
     with pytest.raises(OutputError, match="something else"):
         probe(train, test, flat)
-    for source in (train, test):
-        with pytest.raises(ValueError, match=r"is inside .*; give an --out beside it"):
-            probe(train, test, f"{source}/dark/out")
 
 
 def test_a_part_of_the_images_keeps_the_proportions_and_copies_are_told(sets, tmp_path, capsys):

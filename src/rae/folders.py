@@ -189,21 +189,33 @@ def sha256(path: Path) -> str:
 
 
 def check_outside(out: Path, source: str | Path) -> None:
-    """Refuse to write into a folder of images that is read: it would hold other images, or classes, from then on.
+    """Refuse to write pictures or data into a folder of images that is read, which would hold others from then on.
+
+    A class that is a link to a folder is read there. Features and figures may lie among images, where nobody reads them.
 
     Args:
         out: a file or folder to be written.
         source: of images, whatever its form; one that is no folder has no inside.
 
     Raises:
-        ValueError: `out` is that folder, or in it.
+        ValueError: `out` is that folder or a class that it links to, or in it.
     """
-    folder = Path(source).expanduser()
-    if str(source) and folder.is_dir() and out.expanduser().resolve().is_relative_to(folder.resolve()):
-        raise ValueError(
-            f"--out {out} is inside {folder}, where what is written would be taken for its images; give an --out "
-            "beside it."
-        )
+    folder, place = Path(source).expanduser(), out.expanduser().resolve()
+    for inside in (folder, *_linked(folder)) if str(source) and folder.is_dir() else ():
+        if place.is_relative_to(inside.resolve()):
+            raise ValueError(
+                f"--out {out} is inside {inside}, where what is written would be taken for its images; give an --out "
+                "beside it."
+            )
+
+
+def _linked(folder: Path) -> list[Path]:
+    """The folders that links in a folder lead to."""
+    try:
+        links = [entry for entry in os.scandir(folder) if entry.is_symlink() and not entry.name.startswith(".")]
+    except OSError:
+        return []  # whoever reads the folder says what is wrong with it
+    return [Path(entry.path) for entry in links if os.path.isdir(entry.path)]
 
 
 @contextlib.contextmanager

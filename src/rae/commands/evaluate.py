@@ -91,10 +91,8 @@ def write_reference(
 
     Raises:
         OutputError: no name of a file that can be written, or more images than there are.
-        ValueError: `out` is inside a folder of images.
     """
     data = data.model_copy(update={"label": label})
-    check_outside(out, data.source)
     if out.suffix != ".safetensors":
         raise OutputError(f"{out}: a reference is a safetensors file; call it {out.with_suffix('.safetensors').name}.")
     check_file(out)
@@ -179,12 +177,11 @@ def evaluate(
             that neither side has.
         ReferenceError: a reference at another size, or by another extractor.
         OutputError: `out` holds something else; too few images for the metrics.
-        ValueError: `out` is inside a folder of images that is read.
+        ValueError: `out`, where a model's images are written, is inside the folder of images that it is judged against.
     """
     begun, data = time.perf_counter(), data.model_copy(update={"label": label})
-    for source in (subject, reference):
-        if source and not saved_kind(source):  # a run may hold its evaluations
-            check_outside(out, source)
+    if reference and saved_kind(subject) in MADE:  # whose images are written; of others only features and figures are
+        check_outside(out, reference)
     sides = read_sides(data, [subject, *([reference] if reference else [])])
     look = Look(open_extractors(features, inception, input_size), data, batch)
     if lpips and not is_pairs(subject):

@@ -65,7 +65,7 @@ def flags_of(judged: Subject, own: Features, whole: Features, given: Reference |
     ours, theirs = (next(iter(found.sets.values())).classes for found in (own, whole))
     known = given.source if given and given.images else None
     for whose, source, classes in (("subject", judged.source, ours), ("reference", known, theirs)):
-        if classes and source and (empty := without_images(Path(source).expanduser())):
+        if classes and source and (empty := _empty(Path(source).expanduser())):
             named = ", ".join(empty)[:80]
             flags.append(f"folders of the {whose} without images, which are no classes of it ({len(empty):,}): {named}")
     if judged.kind == "samples" and ours:
@@ -78,6 +78,11 @@ def flags_of(judged: Subject, own: Features, whole: Features, given: Reference |
     if ours and theirs and (said := numbered_alike(ours, theirs)[1]):
         flags.append(said)
     return flags
+
+
+def _empty(root: Path) -> list[str]:
+    """Folders beside classes that hold no image, but for those that features of images were written to."""
+    return [name for name in without_images(root) if not any((root / name).rglob("features.json"))]
 
 
 def _shared(own: Features, whole: Features) -> str | None:

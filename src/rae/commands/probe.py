@@ -39,7 +39,7 @@ from rae.evaluation.probe import (
     part_of_each_class,
 )
 from rae.evaluation.uncertainty import BOUNDS, Measured, Share, measured_mean, written
-from rae.folders import aside, check_outside
+from rae.folders import aside
 from rae.processes import process_state
 
 CHOOSING = 0.2  # part of each class's training images that chooses the weight decay
@@ -84,13 +84,9 @@ def write_probe(
         ImageError: images without classes, of one class, or of others than the test images; a class of too few images;
             test images that all are training images.
         OutputError: `out` holds something else, or features that are damaged.
-        ValueError: `out` is inside a folder of images that is read.
         Besides, what opening latent spaces and encoding raises.
     """
     state, folder = process_state(), out / "features"
-    for source in (data.source, test):
-        if isinstance(source, str):
-            check_outside(out, source)
     train, tested = open_sets(data, test, num, num_test)
     fitted = len(train) if tested else len(train) - round(float(test) * len(train))
     if neighbours > fitted:
