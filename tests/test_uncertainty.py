@@ -7,6 +7,7 @@ import torch
 
 from rae.evaluation.uncertainty import (
     bootstrap_error,
+    drawn_error,
     jackknife_error,
     measured_mean,
     measured_share,
@@ -80,7 +81,16 @@ def test_error_of_strata_in_closed_form():
 def test_strata_without_scatter_have_no_error():
     values = torch.tensor([1.4, 0.1] * 7)  # 1.4 differs from the mean of seven
     assert standard_error(values, torch.arange(14) % 2) is None
-    assert measured_share(values > 1, torch.arange(14) % 2) == (0.5, None, None)
+
+
+def test_a_share_of_whole_classes_has_the_error_of_classes_that_are_drawn():
+    """Of 0.1, right in all of one class of ten and in none of the others, no error at all would be taken for none."""
+    labels = torch.arange(40) % 10
+    assert measured_share(labels == 3, labels) == (0.1, drawn_error(0.1, 40), None)
+    assert drawn_error(0.1, 40) == pytest.approx(measured_share(labels == 3).error, rel=1e-12)
+    assert measured_share(labels < 10, labels) == (1, None, share_bound(1, 40))
+    some = torch.arange(40) < 4  # one of four of each of four classes
+    assert measured_share(some, labels).error == pytest.approx(standard_error(some, labels), rel=1e-12)
 
 
 def test_a_stratum_of_one_tells_nothing():

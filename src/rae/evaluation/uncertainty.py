@@ -134,9 +134,20 @@ def measured_mean(values: Tensor, strata: Tensor | None = None) -> Measured:
     return Measured(values.double().mean().item(), standard_error(values, strata))
 
 
+def drawn_error(value: float, count: int) -> float:
+    """sqrt(p (1 - p) / (N - 1)) of a share p of N images; of a share within strata it is too large."""
+    return math.sqrt(value * (1 - value) / (count - 1))
+
+
 def measured_share(chosen: Tensor, strata: Tensor | None = None) -> Share:
-    """Share of the images of a mask [N], its error sqrt(p (1 - p) / (N - 1)), or that of `strata`; or its bound."""
+    """Share of the images of a mask [N], and its `drawn_error`, or that of `strata`; or its bound.
+
+    Where of each class all or none are chosen nothing scatters within, and a bound of every class would be none that
+    anyone could use: a share between has its `drawn_error` then, exactly.
+    """
     value, error = measured_mean(chosen, strata)
+    if error is None and 0 < value < 1:
+        error = drawn_error(value, len(chosen))
     return Share(value, error, share_bound(value, len(chosen)))
 
 
