@@ -302,6 +302,12 @@ def test_error_of_classes_in_turn_is_the_scatter_within(generator):
     assert tended_to == pytest.approx(true, abs=3 * scatter / 80**0.5)
 
 
+def test_parts_have_an_image_of_each_class(generator):
+    """Of three of each, parts of 15 of 20 classes would have a line that falls short of the truth."""
+    with pytest.raises(ValueError, match="of some class there are 3 samples; give 4, for each part to have one"):
+        frechet_to_infinity(features_of(63, generator), population(), strata=torch.arange(63) % 20)
+
+
 # --- infinitely many samples -----------------------------------------------------------------------------------------
 
 
