@@ -6,7 +6,7 @@ import torch
 
 from rae.data.image_set import Images
 from rae.evaluation.frechet import Moments, frechet_measured, frechet_to_infinity, normal_of
-from rae.evaluation.judge import judge, judge_pairs, take_turns
+from rae.evaluation.judge import judge, judge_pairs, left_out, take_turns
 from rae.evaluation.kernel_distance import kernel_distance
 from rae.evaluation.reconstruction import psnr, ssim
 from rae.evaluation.reference import DIGESTS, Classes, FeatureSet, Gaussian
@@ -59,23 +59,25 @@ def test_figures_of_pairs_are_those_of_aligned_rows(pair, generator):
     }.items():
         figure = found[f"{name}/inception"]
         assert (figure.value, figure.error) == pytest.approx(expected, rel=1e-6)
-    assert found["frechet/inception"].protocol == f"{N} images against {N} images that these are of"
+    assert found["frechet/inception"][-2:] == (f"{N} images against {N} images that these are of", "")
+    assert found["kid/inception"].protocol.endswith(f"{N} that these are of, all pairs but of one and what it is of")
     assert "N / 4 of the pairs, divided by digest" in found["frechet_infinite/inception"].protocol
     for name in ("precision", "recall", "density", "coverage"):
         figure = found[f"{name}/inception"]
         assert (figure.error, figure.bound) == (None, None)
-        assert figure.protocol.endswith("; no error of pairs")
+        assert figure.error_of == "no error of pairs"
 
 
 def test_values_of_pairs_are_those_of_two_sets(pair):
-    """Of all but the distance of infinitely many, whose originals become infinitely many as well."""
+    """But for the line, whose originals become infinitely many as well, and KID, where no image meets its own."""
     alone, paired = (judge(*map(of, pair), "e", **how) for how in ({}, {"pairs": (range(N), range(N))}))
     assert alone.keys() == paired.keys()
-    for name in alone.keys() - {"frechet_infinite/e"}:
+    for name in alone.keys() - {"frechet_infinite/e", "kid/e"}:
         assert paired[name].value == pytest.approx(alone[name].value, rel=1e-9), name
     y = pair[1]
-    same = judge(of(y), of(y), "e", pairs=(range(N), range(N)))["frechet_infinite/e"]
-    assert abs(same.value) < 1e-10 < -judge(of(y), of(y), "e")["frechet_infinite/e"].value
+    alone, same = (judge(of(y), of(y), "e", **how) for how in ({}, {"pairs": (range(N), range(N))}))
+    for name in ("frechet_infinite/e", "kid/e"):
+        assert abs(same[name].value) < 1e-10 < -alone[name].value
 
 
 @pytest.mark.parametrize("numbers", [range(N - 1), [0, *range(N - 1)], range(1, N + 1)])
@@ -104,21 +106,49 @@ def test_errors_of_classes_in_turn_are_smaller(generator):
     drawn, turns = (judge(samples, of(real, labels=labels), "e", turns=turns) for turns in (False, True))
     for name in ("frechet", "frechet_infinite", "kid", "precision", "density", "class_agreement"):
         assert turns[f"{name}/e"].error < drawn[f"{name}/e"].error, name
-        assert turns[f"{name}/e"].protocol.endswith("; classes in turn, error within them"), name
-        if name != "frechet_infinite":  # which is by other parts
+        assert turns[f"{name}/e"].error_of == "classes in turn, error within them", name
+        assert drawn[f"{name}/e"].error_of == ""
+        assert turns[f"{name}/e"].protocol == drawn[f"{name}/e"].protocol, name  # so that they compare
+        if name not in ("frechet_infinite", "kid"):  # by other parts, and without the bias of classes
             assert turns[f"{name}/e"].value == drawn[f"{name}/e"].value, name
+    assert turns["kid/e"].value == pytest.approx(kernel_distance(x, real, strata=labels).value, rel=1e-9)
     assert turns["frechet/e"].error == pytest.approx(
         frechet_measured(x, normal_of(real), strata=labels).error, rel=1e-9
     )
-    assert "divided by digest and class" in turns["frechet_infinite/e"].protocol
+
+
+def test_errors_of_whole_classes_are_as_if_these_were_drawn(generator):
+    """Each class is all right or all wrong, 4 images of each, which tells no scatter within."""
+    real, labels = torch.arange(90) % 3, torch.arange(12) % 3
+    made = torch.tensor([0, 1, 1])[labels]  # of class 1 where class 2 is asked for
+    y, x = (5 * torch.eye(3)[each] + 0.1 * torch.randn(len(each), 3, generator=generator) for each in (real, made))
+    found = judge(of(x, labels=labels), of(y, labels=real), "e", turns=True)["class_agreement/e"]
+    assert found[1:4] == (2 / 3, pytest.approx((2 / 9 / 11) ** 0.5), None)
+    assert found.error_of == "classes in turn, error as if they were drawn, for of each all images count or none"
+
+
+@pytest.mark.parametrize("of_class", [1, 3])
+def test_no_line_of_parts_that_lack_classes(of_class, generator):
+    labels = torch.arange(20 * of_class) % 20 if of_class > 1 else torch.arange(39) % 20
+    x, y = torch.randn(2, len(labels), 2, generator=generator)
+    samples = of(x, labels=labels)
+    found = judge(samples, of(y), "e", turns=True)
+    missing = left_out(samples, "e", turns=True)
+    assert missing["frechet_infinite/e"].why.endswith(f"4, for they took turns; of some there are {of_class} images")
+    assert found.keys() == judge(samples, of(y), "e").keys() - missing.keys()
+    assert left_out(samples, "e") == left_out(of(x), "e", turns=True) == {}
 
 
 def test_a_class_of_one_image_tells_no_scatter(generator):
     labels = torch.arange(14) % 13
     x, y = torch.randn(2, 14, 2, generator=generator)
     drawn, turns = (judge(of(x, labels=labels), of(y), "e", turns=turns) for turns in (False, True))
-    assert {name: figure[:4] for name, figure in turns.items()} == {name: figure[:4] for name, figure in drawn.items()}
-    assert turns["frechet/e"].protocol.endswith("error as if they were drawn, for of some there is one image")
+    assert {name: figure[:4] for name, figure in turns.items()} == {
+        name: figure[:4] for name, figure in drawn.items() if name != "frechet_infinite/e"
+    }
+    assert turns["frechet/e"].error_of.endswith("error as if they were drawn, for of some there is one image")
+    assert turns["frechet/e"].protocol == drawn["frechet/e"].protocol
+    assert turns["kid/e"].protocol == f"{drawn['kid/e'].protocol}, classes in turn as if they were drawn"  # biased
     assert judge(of(x), of(y), "e", turns=True) == drawn  # nothing tells the classes
 
 

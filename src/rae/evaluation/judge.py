@@ -10,17 +10,20 @@ from torch import Tensor
 from rae.data.image_set import Images
 from rae.data.images import to_tensor, to_unit
 from rae.evaluation.class_agreement import NEIGHBOURS, class_agreement, numbered_alike, real_agreement
-from rae.evaluation.frechet import Normal, frechet_measured, frechet_to_infinity, least_to_infinity, normal
+from rae.evaluation.frechet import PARTS, Normal, frechet_measured, frechet_to_infinity, least_to_infinity, normal
 from rae.evaluation.inception_score import SPLIT, inception_score
 from rae.evaluation.kernel_distance import kernel_distance
 from rae.evaluation.lpips import LPIPS
 from rae.evaluation.manifold import manifold, overlap
 from rae.evaluation.reconstruction import WINDOW, psnr, ssim
 from rae.evaluation.reference import FeatureSet, by_digest
-from rae.evaluation.uncertainty import Measured, Share, measured_mean, strata_of
+from rae.evaluation.uncertainty import Measured, Share, drawn_error, measured_mean, strata_of
 
 INCEPTION = "inception"
+WITHIN, AS_DRAWN = "classes in turn, error within them", "classes in turn, error as if they were drawn"
+KID_AS_DRAWN = ", classes in turn as if they were drawn"  # which is another figure: too low (docs/metrics.md)
 ADM_NEIGHBOURS, PRDC_NEIGHBOURS = 3, 5  # k of precision and recall as ADM's evaluator, of density and coverage as prdc
+Better = Literal["lower", "higher"]
 
 
 class Figure(NamedTuple):
@@ -32,15 +35,17 @@ class Figure(NamedTuple):
         error: its standard error; None where it has none.
         bound: in its place, of a share of none or all of the images; see `share_bound`.
         better: which way.
-        protocol: numbers of images, and whatever else it depends on.
+        protocol: numbers of images, and whatever else it depends on; figures of one protocol compare.
+        error_of: what its error is of, which does not move the value; "" = other samples, or other pairs.
     """
 
     title: str
     value: float
     error: float | None
     bound: float | None
-    better: Literal["lower", "higher"]
+    better: Better
     protocol: str
+    error_of: str
 
 
 class LeftOut(NamedTuple):
@@ -55,13 +60,17 @@ class LeftOut(NamedTuple):
     why: str
 
 
-def left_out(samples: FeatureSet, extractor: str) -> dict[str, LeftOut]:
-    """Figures that `judge` does not give of so few samples: "METRIC/EXTRACTOR" => why."""
+def left_out(samples: FeatureSet, extractor: str, *, turns: bool = False) -> dict[str, LeftOut]:
+    """Figures that `judge` does not give of so few samples: "METRIC/EXTRACTOR" => why. `turns`: see there."""
     count, dim = samples.rows["features"].shape
-    if count >= (least := least_to_infinity(dim)):
+    of_class = samples.classes.labels.unique(return_counts=True)[1].min().item() if turns and samples.classes else None
+    if count < (least := least_to_infinity(dim)):
+        why = f"its line takes more images than features in N / 4: of {dim:,} at least {least:,}, there are {count:,}"
+    elif of_class is not None and of_class < PARTS[-1]:
+        why = f"its line divides each class into {PARTS[-1]}, for they took turns; of some there are {of_class} images"
+    else:
         return {}
     title = f"{_distance(extractor)} of infinitely many{_suffix(extractor)}"
-    why = f"its line takes more images than features in N / 4: of {dim:,} at least {least:,}, there are {count:,}"
     return {f"frechet_infinite/{extractor}": LeftOut(title, why)}
 
 
@@ -102,33 +111,35 @@ def judge(
         samples, reference = _paired(samples, reference, *pairs)
     else:
         samples, reference = by_digest(samples), by_digest(reference)
-    strata, how_turns = None, ""
+    strata, error_of = None, ""
     if turns and samples.classes:
         strata = strata_of(samples.classes.labels)
-        one = "error as if they were drawn, for of some there is one image"
-        how_turns = f"; classes in turn, {one if strata is None else 'error within them'}"
+        error_of = WITHIN if strata is not None else f"{AS_DRAWN}, for of some there is one image"
     rows, known = samples.rows["features"], reference.rows["features"]
     of = "images of a number not known" if reference.count is None else f"{reference.count:,} images"
     against, among = f"{len(rows):,} images against {of}", f"{len(rows):,} images against {len(known):,}"
-    short, suffix = _distance(extractor), _suffix(extractor)
+    short, figures = _distance(extractor), {}
     if pairs:
         against, among = (f"{each} that these are of" for each in (against, among))
-    drawn, figures = f"{against}{how_turns}", {}
 
     def other(kind: str) -> Normal | Tensor:  # what stays, or what changes with the samples
         return reference.rows[kind] if pairs else normal(*reference.moments[kind])
 
-    if left_out(samples, extractor):
-        distance = frechet_measured(rows, other("features"), strata=strata)
-        figures["frechet"] = _figure(f"{short}{suffix}", distance, "lower", drawn)
+    def add(name: str, title: str, found: Measured | Share, better: Better, how: str, said: str = error_of) -> None:
+        if strata is not None and isinstance(found, Share) and found.error == drawn_error(found.value, len(rows)):
+            said = f"{AS_DRAWN}, for of each all images count or none"
+        figures[f"{name}/{extractor}"] = _figure(f"{title}{_suffix(extractor)}", found, better, how, said)
+
+    if left_out(samples, extractor, turns=turns):
+        add("frechet", short, frechet_measured(rows, other("features"), strata=strata), "lower", against)
     else:
         line = frechet_to_infinity(rows, other("features"), strata=strata)
-        how = f"{against}; by the line through N, N / 2 and N / 4 of {'the pairs' if pairs else 'them'}, divided by "
-        how += f"digest{'' if strata is None else ' and class'}{how_turns}"
-        figures["frechet"] = _figure(f"{short}{suffix}", line.finite, "lower", drawn)
-        figures["frechet_infinite"] = _figure(f"{short} of infinitely many{suffix}", line.infinite, "lower", how)
+        add("frechet", short, line.finite, "lower", against)
+        parts = f"by the line through N, N / 2 and N / 4 of {'the pairs' if pairs else 'them'}, divided by digest"
+        add("frechet_infinite", f"{short} of infinitely many", line.infinite, "lower", f"{against}; {parts}")
     distance = kernel_distance(rows, known, paired=bool(pairs), strata=strata)
-    figures["kid"] = _figure(f"KID{suffix}", distance, "lower", f"{among}, all pairs{how_turns}")
+    which = " but of one and what it is of" if pairs else KID_AS_DRAWN if error_of and strata is None else ""
+    add("kid", "KID", distance, "lower", f"{among}, all pairs{which}")
     own, real = (
         manifold(each, k=PRDC_NEIGHBOURS, name=name) for name, each in (("samples", rows), ("reference", known))
     )
@@ -136,24 +147,25 @@ def judge(
         shares = overlap(own, real, k=k, strata=strata)._asdict()
         for name in names:
             # of images that change with those that they lie among no error was found that holds (docs/metrics.md)
-            found, how = (Measured(shares[name].value, None), "; no error of pairs") if pairs else (shares[name], "")
-            figures[name] = _figure(f"{name}{suffix}", found, "higher", f"{among}, k = {k}{how}{how_turns}")
+            if pairs:
+                unknown = Measured(shares[name].value, None)
+                add(name, name, unknown, "higher", f"{among}, k = {k}", "no error of pairs")
+            else:
+                add(name, name, shares[name], "higher", f"{among}, k = {k}")
     if (classes := reference.classes) and samples.classes:
         labels, _ = numbered_alike(samples.classes, classes)
         if labels is not None:
             agreement = class_agreement(rows, labels, known, classes, strata=strata)
-            among_real = real_agreement(known, classes)
-            how = f"{among}, k = {NEIGHBOURS}; of real images among each other {among_real.value:.3f}{how_turns}"
-            figures["class_agreement"] = _figure(f"class agreement{suffix}", agreement, "higher", how)
+            by_real = f"of real images among each other {real_agreement(known, classes).value:.3f}"
+            add("class_agreement", "class agreement", agreement, "higher", f"{among}, k = {NEIGHBOURS}; {by_real}")
     if extractor == INCEPTION:
+        if "spatial" in reference.moments:
+            distance = frechet_measured(samples.rows["spatial"], other("spatial"), strata=strata)
+            add("sfid", "sFID", distance, "lower", against)
         split = f"splits of {SPLIT:,} by digest" if len(rows) > SPLIT else "all together"
         score = inception_score(samples.rows["logits"], strata=strata)
-        if "spatial" in reference.moments:
-            spatial = frechet_measured(samples.rows["spatial"], other("spatial"), strata=strata)
-            figures["sfid"] = _figure("sFID", spatial, "lower", drawn)
-        how = f"{len(rows):,} images, {split}{how_turns}"
-        figures["inception_score"] = _figure("Inception Score", score, "higher", how)
-    return {f"{name}/{extractor}": figure for name, figure in figures.items()}
+        add("inception_score", "Inception Score", score, "higher", f"{len(rows):,} images, {split}")
+    return figures
 
 
 def _paired(
@@ -222,6 +234,6 @@ def _suffix(extractor: str) -> str:
     return "" if extractor == INCEPTION else f" ({extractor})"
 
 
-def _figure(title: str, found: Measured | Share, better: Literal["lower", "higher"], protocol: str) -> Figure:
+def _figure(title: str, found: Measured | Share, better: Better, protocol: str, error_of: str = "") -> Figure:
     bound = found.bound if isinstance(found, Share) else None
-    return Figure(title, found.value, found.error, bound, better, protocol)
+    return Figure(title, found.value, found.error, bound, better, protocol, error_of)
