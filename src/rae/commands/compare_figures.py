@@ -31,6 +31,11 @@ class Row(NamedTuple):
         """Any of them, for what they share."""
         return next(figure for figure in self.figures if figure)
 
+    @property
+    def one_error(self) -> bool:
+        """Whether their errors are of one kind, which is said once then."""
+        return len({figure.error_of for figure in self.figures if figure}) == 1
+
 
 def figures(compared: Sequence[Compared]) -> list[Piece]:
     """The section: a table of those of as many images against the same ones, others in others, and why."""
@@ -135,13 +140,16 @@ def call(difference: float, error: float, better: str) -> str:
 
 
 def _title(row: Row) -> str:
-    return f"{row.one.title or row.name}{ARROWS[row.one.better]}\n{row.one.protocol}"
+    said = f"; {row.one.error_of}" if row.one.error_of and row.one_error else ""
+    return f"{row.one.title or row.name}{ARROWS[row.one.better]}\n{row.one.protocol}{said}"
 
 
 def _cells(row: Row) -> list[str]:
     first, cells = None, []
     for figure in row.figures:
         cells.append(written(figure.value, figure.error, figure.bound) if figure else "-")
+        if figure and figure.error_of and not row.one_error:
+            cells[-1] += f"\n{figure.error_of}"
         if first and figure:
             cells[-1] += f"\n{verdict(first, figure)}"
         first = first or figure
