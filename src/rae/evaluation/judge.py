@@ -97,8 +97,8 @@ def judge(
         pairs: the number of the image in each row of the samples, and of the reference, of samples that are
             reconstructions: one and what it is of have the same number. Errors are then of other pairs.
         turns: the samples' classes took turns, see `take_turns`, so that errors are of other samples of the same
-            classes; as of classes that are drawn, which is too large, where there is one sample of a class, or where
-            the set has no classes.
+            classes, and KID meets classes by their shares; all as of classes that are drawn, with errors that are too
+            large and a KID that is too low, where there is one sample of a class, or where the set has no classes.
 
     Returns:
         "METRIC/EXTRACTOR" => figure, without those of `left_out`.
