@@ -292,6 +292,39 @@ def test_sets_are_told_apart_by_pixels_and_not_by_sizes_in_bytes(tmp_path):
         probe(train, test, tmp_path / "out")
 
 
+def test_copies_are_refused_before_anything_is_encoded(sets, tmp_path, monkeypatch):
+    monkeypatch.setattr("rae.commands.probe.open_latents", None)
+    copy = shutil.copytree(sets[0], tmp_path / "copy")
+    with pytest.raises(ImageError, match=rf"all 60 test images \({copy}\) are training images of {sets[0]} as well"):
+        probe(sets[0], str(copy), tmp_path / "out")
+
+
+def test_features_that_are_no_longer_probed_are_removed(sets, tmp_path, capsys):
+    def probed(*arguments, **settings) -> tuple[set[Path], list[str]]:
+        """The folders of features that are there, and what is said of those that are not."""
+        probe(*arguments, tmp_path / "out", **settings)
+        said = [line for line in capsys.readouterr().err.splitlines() if "is removed" in line]
+        return set((tmp_path / "out/features").iterdir()), said
+
+    whole, said = probed(*sets)
+    assert (len(whole), said) == (2, [])
+    both, said = probed(*sets, pools=("mean",))
+    assert (len(both), both > whole, said) == (4, True, [])  # of the same images
+    others = {tmp_path / "out/features" / name for name in ("judged", "of the user")}
+    for place in others:
+        place.mkdir()
+    (tmp_path / "out/features/judged/e").mkdir()
+    about = {"images": 9, "identity": "x", "size": [8, 8], "crop": False}  # of `rae evaluate`
+    (tmp_path / "out/features/judged/e/features.json").write_text(json.dumps(about))
+    now, said = probed(*sets, num=20)
+    assert len(now - others) == 2 + 1
+    assert now >= others
+    assert sorted(said) == [
+        f"note: {place} is removed: features of other images, at another size, or by an earlier version"
+        for place in sorted(both - now)
+    ]
+
+
 def test_two_processes_have_the_figures_of_one(sets, tmp_path, monkeypatch):
     monkeypatch.setattr("rae.commands.probe_features.CHUNK", 16)
     script = tmp_path / "probe.py"

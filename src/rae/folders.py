@@ -191,7 +191,8 @@ def sha256(path: Path) -> str:
 def check_outside(out: Path, source: str | Path) -> None:
     """Refuse to write pictures or data into a folder of images that is read, which would hold others from then on.
 
-    A class that is a link to a folder is read there. Features and figures may lie among images, where nobody reads them.
+    A class that is a link to a folder is read there. Features and figures may lie among images: nobody takes them for
+    one.
 
     Args:
         out: a file or folder to be written.

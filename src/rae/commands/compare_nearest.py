@@ -4,6 +4,7 @@ training, held-out images, samples --extractor--> features --nearest--> distance
 (the real ones, if asked, --autoencoder--> reconstructions first)
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -24,7 +25,7 @@ from rae.commands.compare_pictures import SHOWN, shown_width
 from rae.commands.compare_read import Compared, Pictures
 from rae.commands.feature_folder import check_left_out, read_features, write_features
 from rae.commands.fingerprint import fingerprint
-from rae.commands.look import say
+from rae.commands.look import KEYS, remove_features, say
 from rae.commands.pictures import checksum
 from rae.config import parse
 from rae.data.image_set import Images, digest
@@ -102,16 +103,17 @@ def nearest_images(compared: Sequence[Compared], near: Nearest, folder: Path) ->
         raise ReportError(f"--nearest: samples of one size are compared, these have {told}; give those of one size.")
     (size,) = sizes
     training, held_out, data = _open(near)
-    same_place = len({Path(how.source).resolve() for how in data}) == 1
-    if same_place and training.identity == held_out.identity:  # of copies elsewhere only pixels tell, below
+    training, held_out = (_by_pixels(images, how) for images, how in zip((training, held_out), data))
+    if training.identity == held_out.identity:
         raise ReportError(
             "--nearest and --held-out are the same images; what is compared with must not have been trained on."
         )
     plain = open_extractor(near.features, input_size=near.input_size).to(process_state().device)
     real = _Reconstructed(near.through, plain, samples) if near.through else plain
 
-    def look_at(images: Images, how: DataConfig, what: str, also: str = "", extractor: nn.Module = real) -> Known:
-        settings = [fingerprint(images, how.on_broken), list(size), extractor.identity, also]
+    def look_at(images: Images, how: DataConfig, what: str, extractor: nn.Module = real) -> Known:
+        settings = [images.identity, list(size), extractor.identity]
+        seen.add(images.identity)
         place = folder / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
         named = {near.features: extractor}
         write_features(images, size, named, place, data=how, batch=near.batch, crop=True, what=what)
@@ -125,6 +127,7 @@ def nearest_images(compared: Sequence[Compared], near: Nearest, folder: Path) ->
         return Known(features, digests, lambda i: views[read[i]]["image"].permute(1, 2, 0).numpy())
 
     left_out: list[str] = []
+    seen: set[str] = set()
     known = look_at(training, data[0], "training images"), look_at(held_out, data[1], "held-out images")
     if torch.isin(known[1].digests, known[0].digests).all():
         raise ReportError(
@@ -133,10 +136,12 @@ def nearest_images(compared: Sequence[Compared], near: Nearest, folder: Path) ->
         )
     look_at_own = functools.partial(look_at, extractor=plain)
     own = {name: _look_at_samples(pictures, data[0], look_at_own) for name, pictures in samples.items()}
-    seen = f"reconstructed by {near.through}, " if near.through else ""
+    if process_state().is_main_process:
+        remove_features(folder, lambda _, about: about.keys() >= KEYS and about["identity"] not in seen)
+    through = f"reconstructed by {near.through}, " if near.through else ""
     protocol = (
         f"{len(known[0].features):,} training and {len(known[1].features):,} held-out images, {size[0]} x {size[1]} "
-        f"pixels, {seen}features of {near.features} ({plain.identity[:12]})"
+        f"pixels, {through}features of {near.features} ({plain.identity[:12]})"
     )
     notes = [note(f"Left out, since they cannot be read: {', '.join(left_out)}.")] if left_out else []
     notes += [] if near.through else [note(DECODED)]
@@ -211,8 +216,13 @@ def _open(near: Nearest) -> tuple[Images, Images, tuple[DataConfig, DataConfig]]
 def _look_at_samples(pictures: Pictures, data: DataConfig, look_at: Callable) -> Known:
     how = data.model_copy(update={"source": str(pictures.folder), "image": None, "label": "", "held_out": 0.0})
     made = {key: value for key, value in pictures.protocol.items() if key != "jobs"}
-    images = open_images(how.source, how.image, how.label)
-    return look_at(images, how, f"samples of {pictures.folder.name}", json.dumps(made, sort_keys=True))
+    images = _by_pixels(open_images(how.source, how.image, how.label), how, json.dumps(made, sort_keys=True))
+    return look_at(images, how, f"samples of {pictures.folder.name}")
+
+
+def _by_pixels(images: Images, how: DataConfig, *also: str) -> Images:
+    """Images with an identity that knows some of their pixels, and what else they depend on."""
+    return dataclasses.replace(images, identity=digest([fingerprint(images, how.on_broken), *also]))
 
 
 def remembered(samples: Mapping[str, Known], held_out: Known, training: Known, protocol: str) -> list[Piece]:

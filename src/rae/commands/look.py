@@ -95,7 +95,8 @@ def remove_features(folder: Path, stale: Callable[[Path, dict[str, Any]], bool])
 
     Args:
         folder: of folders of features, each with its features.json or with folders that have one.
-        stale: folder, what stands in its features.json => whether it is to go. Other commands may keep theirs there.
+        stale: one of these folders, what stands in its features.json => whether it is to go. Other commands may keep
+            theirs beside it.
     """
     for place in sorted(folder.iterdir()):
         abouts = [_about(file) for file in (*place.glob("features.json"), *place.glob("*/features.json"))]

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rae.autoencoder.baselines import is_baseline
 from rae.commands.fingerprint import fingerprint
+from rae.commands.look import remove_features
 from rae.commands.pictures import OutputError
 from rae.commands.probe_features import Pool, Probed, open_latents, read_features, write_features
 from rae.config import ConfigError
@@ -95,6 +96,8 @@ def write_probe(
         raise OutputError(f"{out} is a file, or a folder that holds something else than probes; give a new folder.")
     # what is kept of images is found by their pixels
     opened = [dataclasses.replace(of, identity=fingerprint(of, data.on_broken)) for of in (train, tested) if of]
+    if len({of.identity for of in opened}) < len(opened):
+        raise _all_seen(len(opened[1]), data.source, test)
     for images in opened if image_size else ():
         Views(images, data, image_size)[0]  # a first one that is too small is told before an encoder is loaded
     spaces = open_latents(names, image_size, input_size)
@@ -103,6 +106,8 @@ def write_probe(
             write_features(space, pools, images, data, folder, batch=batch)
     if not state.is_main_process:
         return None
+    known = {images.identity for images in opened}
+    remove_features(folder, lambda _, about: "pool" in about and about["images"] not in known)
     device = state.device if state.device.type in ("cpu", "cuda") else torch.device("cpu")  # others have no float64
     rows: list[dict[str, Any]] = []
     right: list[dict[str, Tensor]] = []
@@ -205,10 +210,12 @@ def _check_sets(fit: Probed, seen: Probed, source: str, test: str | float) -> di
     """What is to be known of the two sets besides figures: test images that are training images as well."""
     twice = torch.isin(seen.digests, fit.digests)
     if twice.all():
-        raise ImageError(
-            f"all {len(twice):,} test images ({test}) are training images of {source} as well; give others."
-        )
+        raise _all_seen(len(twice), source, test)
     return {"also_in_training": seen.take(twice).names}
+
+
+def _all_seen(count: int, source: str, test: str | float) -> ImageError:
+    return ImageError(f"all {count:,} test images ({test}) are training images of {source} as well; give others.")
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
