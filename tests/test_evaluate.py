@@ -19,6 +19,7 @@ from rae.commands import feature_folder
 from rae.commands import look as look_module
 from rae.commands.look import Features
 from rae.commands.reference import Reference, role_of
+from rae.data import images as images_module
 from rae.data.crops import center_crop
 from rae.data.images import open_images, subset, to_tensor, to_unit
 from rae.evaluation import reference as reference_module
@@ -402,7 +403,7 @@ def test_samples_are_asked_for_their_class(runs, look, run, refused, tmp_path):
     found = figures(tmp_path / "out")["class_agreement"]
     assert found["better"] == "higher"
     assert found["protocol"].startswith("20 images against 1,797, k = 20; of real images among each other 0.")
-    assert figures(tmp_path / "out")["frechet"]["protocol"].endswith("classes in turn, error within them")
+    assert figures(tmp_path / "out")["frechet"]["error_of"] == "classes in turn, error within them"
     kept = tmp_path / "out/reference.safetensors"  # which knows the classes as well
     run("evaluate", tmp_path / "out/samples", "--reference", kept, *look, "--out", tmp_path / "again")
     assert figures(tmp_path / "again")["class_agreement"] == found
@@ -942,13 +943,13 @@ def test_what_was_left_out_is_asked_for_again(sets, look, run, refused, tmp_path
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_start_once_for_all_chunks(small_chunks, sets, look, run, tmp_path, monkeypatch, workers):
-    loader, started = feature_folder.loader, []
+    loader, started = images_module.loader, []
 
     def counted(views, batches, data):
         started.append(len(batches))
         return loader(views, batches, data)
 
-    monkeypatch.setattr(feature_folder, "loader", counted)
+    monkeypatch.setattr(images_module, "loader", counted)
     command = ["evaluate", sets[0], "--reference", sets[1], *look, "--batch", 5, "--workers", workers, "--out"]
     run(*command, tmp_path / "out")
     assert started == [2 + 2 + 1, 2 + 2 + 2 + 1]  # chunks of 8, 8, 5; of 8, 8, 8, 2

@@ -224,7 +224,7 @@ def evaluate(
     drawn["turns"] = judged.kind == "samples" and take_turns(judged.images.labels)
     for name in look.extractors:
         figures |= judge(own.sets[name], whole.sets[name], name, **drawn)
-        missing |= left_out(own.sets[name], name)
+        missing |= left_out(own.sets[name], name, turns=drawn["turns"])
     found = {
         "format": FORMAT,
         "subject": {"kind": judged.kind} | subject_about | {"protocol": judged.protocol},
@@ -388,7 +388,8 @@ def _print(found: dict[str, Any], out: Path) -> None:
     )
     for figure in found["figures"].values():
         value = written(figure["value"], figure["error"], figure["bound"])
-        table.add_row(escape(figure["title"]), value, figure["better"], figure["protocol"])
+        how = "; ".join(filter(None, (figure["protocol"], figure["error_of"])))
+        table.add_row(escape(figure["title"]), value, figure["better"], how)
     for figure in found["left_out"].values():
         table.add_row(escape(figure["title"]), "left out", "", figure["why"])
     Console().print(table)
