@@ -27,6 +27,7 @@ from rae.data.images import (
     open_images,
     open_split,
     readable,
+    readable_chunks,
     to_bytes,
     to_unit,
 )
@@ -473,6 +474,20 @@ def test_broken_image_is_replaced_by_the_next_one_every_time(folder):
         path.write_bytes(b"nothing")
     with pytest.raises(ImageError, match="none of the 5 images"):
         views[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_chunks_have_batches_of_their_own_images(folder, workers):
+    truncate(folder / "b/2.jpg")
+    views = Views(open_images(folder), DataConfig(source=str(folder), on_broken="skip", workers=workers), (24, 24))
+    read = readable_chunks(views, [range(3), range(3, 4), range(0), range(2, 5)], 2)
+    parts = [[(wanted, items["index"].tolist()) for wanted, items in batches] for batches in read]
+    assert parts == [
+        [(range(2), [0, 1]), (range(2, 3), [2])],
+        [(range(3, 4), [])],
+        [],
+        [(range(2, 4), [2]), (range(4, 5), [4])],
+    ]
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])

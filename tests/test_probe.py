@@ -18,6 +18,7 @@ from rae.commands import probe_features
 from rae.commands.pictures import OutputError
 from rae.commands.probe import write_probe
 from rae.config import ConfigError
+from rae.data import images as images_module
 from rae.data.image_set import ImageError
 from rae.data.images import DataConfig, open_images
 from rae.evaluation.probe import (
@@ -223,8 +224,8 @@ def test_figures_depend_neither_on_batch_nor_on_order(sets, encoder, tmp_path):
 def test_all_that_is_missing_is_read_by_one_loader(sets, tmp_path, monkeypatch):
     """Processes that decode are started once, and a chunk that is there is not read again."""
     monkeypatch.setattr(probe_features, "CHUNK", 16)
-    made, real = [], probe_features.loader
-    monkeypatch.setattr(probe_features, "loader", lambda *settings: made.append(settings[1]) or real(*settings))
+    made, real = [], images_module.loader
+    monkeypatch.setattr(images_module, "loader", lambda *settings: made.append(settings[1]) or real(*settings))
     settings = {"batch": 6, "pools": ("none", "mean")}
     first = probe(sets[0], 0.25, tmp_path, **settings)
     files = sorted(tmp_path.glob("features/*/*.safetensors"))

@@ -21,7 +21,7 @@ from torch import Tensor
 from rae.commands.pictures import OutputError, claim
 from rae.data.crops import center_crop
 from rae.data.image_set import ImageError, Images
-from rae.data.images import DataConfig, Views, loader, read, to_tensor
+from rae.data.images import DataConfig, Views, read, readable_chunks, to_tensor
 from rae.evaluation.features import Extractor
 from rae.evaluation.reference import DIGESTS, Classes, FeatureSet, collect, digest_order, pixel_digests
 from rae.folders import aside
@@ -106,17 +106,14 @@ def write_features(
             _check_unchanged(files, views)
         else:
             todo.append(k)
-    cut = {k: [chunks[k][start : start + batch] for start in range(0, len(chunks[k]), batch)] for k in todo}
-    batches = loader(views, [wanted for cuts in cut.values() for wanted in cuts], data)  # workers start once
+    batches_of = readable_chunks(views, [chunks[k] for k in todo], batch)  # workers start once
     with progress(what, sum(len(chunks[k]) for k in todo)) as advance:
         done = 0
-        for k, cuts in cut.items():
+        for k, batches in zip(todo, batches_of):
             parts: dict[str, list[dict[str, Tensor]]] = {name: [] for name in extractors}
-            for wanted, items in zip(cuts, batches):
-                own = items["index"] == torch.tensor(wanted)  # in the place of a broken image another one was read
+            for wanted, part in batches:
                 done += len(wanted)
-                if own.any():
-                    part = {kind: column[own] for kind, column in items.items()}
+                if len(part["index"]):
                     pixels, known = part["image"].to(state.device), {kind: part[kind] for kind in COLUMNS}
                     known[DIGESTS] = pixel_digests(part["image"])
                     for name, extractor in extractors.items():

@@ -2,6 +2,8 @@
 
 import hashlib
 
+import numpy as np
+
 from rae.data.image_set import Images, digest
 from rae.data.images import read
 
@@ -22,5 +24,9 @@ def fingerprint(images: Images, on_broken: str) -> str:
         ImageError: one of these images cannot be read.
     """
     found = (read(images, index, on_broken)[1] for index in range(0, len(images), EVERY))
-    pixels = (hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest() for image in found)
-    return digest([images.identity, *pixels])
+    return digest([images.identity, *(pixels_sha256(image).hex() for image in found)])
+
+
+def pixels_sha256(image: np.ndarray) -> bytes:
+    """SHA-256 of an image [H,W,3] as it was read, before any crop."""
+    return hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()

@@ -22,11 +22,12 @@ from rae.autoencoder.baselines import is_baseline, open_autoencoder
 from rae.autoencoder.encoders import load_encoder
 from rae.autoencoder.latents import tokens_to_map
 from rae.commands.feature_folder import check_left_out
+from rae.commands.fingerprint import pixels_sha256
 from rae.commands.pictures import OutputError, claim
 from rae.config import ConfigError
 from rae.data.crops import center_crop
 from rae.data.image_set import Images
-from rae.data.images import DataConfig, Views, loader, read, to_tensor, to_unit
+from rae.data.images import DataConfig, Views, read, readable_chunks, to_tensor, to_unit
 from rae.folders import aside, saved_kind
 from rae.processes import process_state
 from rae.training.display import progress
@@ -149,17 +150,14 @@ def write_features(
     own = list(enumerate(_chunks(images)))[state.process_index :: state.num_processes]
     todo = [(k, chunk) for k, chunk in own if not all(_file(place, k).exists() for place in places.values())]
     space.module.to(state.device)
-    batches = [[chunk[start : start + batch] for start in range(0, len(chunk), batch)] for _, chunk in todo]
     views = _Digested(images, data, space.image_size)
-    batches_read = loader(views, [indices for of_chunk in batches for indices in of_chunk], data)
     with progress(f"encoding, {space.name}", sum(len(chunk) for _, chunk in todo)) as advance:
         done = 0
-        for (k, _), of_chunk in zip(todo, batches):
+        for (k, _), batches in zip(todo, readable_chunks(views, [chunk for _, chunk in todo], batch)):
             parts = []
-            for indices, items in zip(of_chunk, batches_read):
-                own = items["index"] == torch.tensor(indices)  # in the place of a broken image another one is read
-                if own.any():
-                    parts.append(_pooled(space, pools, images, {name: column[own] for name, column in items.items()}))
+            for indices, items in batches:
+                if len(items["index"]):
+                    parts.append(_pooled(space, pools, images, items))
                 done += len(indices)
                 advance(done)
             parts = parts or [_nothing(space, pools)]  # none of these images can be read
@@ -192,8 +190,7 @@ class _Digested(Views):
     def __getitem__(self, index: int) -> dict[str, Any]:
         index, image, label = read(self.images, index, self.config.on_broken)
         self.check_size(index, image)
-        content = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()
-        digest = int.from_bytes(content[:8], "big", signed=True)
+        digest = int.from_bytes(pixels_sha256(image)[:8], "big", signed=True)
         return {"image": to_tensor(center_crop(image, self.size)), "label": label, "index": index, "digest": digest}
 
 

@@ -5,8 +5,9 @@ source --open_images--> uint8 [H, W, 3] --center_crop / random_crop--> uint8 [h,
 
 import dataclasses
 import functools
+import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -241,6 +242,30 @@ def loader(
         yield batch
 
 
+def readable_chunks(
+    views: Views, chunks: Iterable[range], batch: int
+) -> Iterator[Iterator[tuple[range, dict[str, torch.Tensor]]]]:
+    """Items of the images in each chunk, in batches, without those that were read in the place of a broken one.
+
+    Args:
+        views: of the images.
+        chunks: indices of images. One loader reads all, so a chunk's batches are to be taken before the next one's.
+        batch: images at a time.
+
+    Returns:
+        For each chunk its batches: the indices asked for, and the items of those that can be read, which may be none.
+    """
+    cut = [[chunk[start : start + batch] for start in range(0, len(chunk), batch)] for chunk in chunks]
+    wanted = [indices for batches in cut for indices in batches]
+    read = ((indices, _own(indices, items)) for indices, items in zip(wanted, loader(views, wanted, views.config)))
+    return (itertools.islice(read, len(batches)) for batches in cut)
+
+
+def _own(indices: range, items: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    own = items["index"] == torch.tensor(indices)
+    return {name: column[own] for name, column in items.items()}
+
+
 def readable(
     images: Images,
     config: DataConfig,
@@ -249,7 +274,6 @@ def readable(
     *,
     batch: int,
     left_out: Callable[[str], object],
-    views: type[Views] = Views,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Centre crops of the images at `indices` in batches, as of `Views`, and none in the place of a broken one.
 
@@ -258,16 +282,13 @@ def readable(
         indices: of the images to read.
         batch: images at a time; fewer where one is broken.
         left_out: is told the name of every image that cannot be read, where `config.on_broken` is "skip".
-        views: a kind of `Views` that is particular about sizes.
     """
-    chunks = [indices[start : start + batch] for start in range(0, len(indices), batch)]
-    for chunk, items in zip(chunks, loader(views(images, config, size), chunks, config)):
-        wanted = torch.tensor(chunk)
-        own = items["index"] == wanted
-        for index in wanted[~own].tolist():
+    (batches,) = readable_chunks(Views(images, config, size), [indices], batch)
+    for wanted, items in batches:
+        for index in sorted(set(wanted) - set(items["index"].tolist())):
             left_out(images.names[index])
-        if own.any():
-            yield {name: column[own] for name, column in items.items()}
+        if len(items["index"]):
+            yield items
 
 
 def to_tensor(image: np.ndarray) -> torch.Tensor:
