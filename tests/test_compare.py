@@ -363,6 +363,31 @@ FD = {"frechet/dino": (10.0, 0.5, "lower")}
 
 
 @pytest.mark.parametrize(
+    ("first", "other", "said"),
+    [
+        (1.2, 1.0, "better"),
+        (1.0, 1.2, "worse"),
+        (0.7, 0.9, "better"),
+        (0.9, 0.7, "worse"),
+        (0.9, 1.3, "worse"),
+        (0.9, 0.91, "within"),
+    ],
+)
+def test_a_density_above_one_is_no_better(first, other, said):
+    assert said in verdict(*(figure(value, 0.02, "nearer to 1") for value in (first, other)))
+
+
+def test_a_density_of_an_earlier_version_compares(tmp_path):
+    old = make_evaluation(tmp_path / "old", {"density/dino": (1.2, 0.02, "higher")})
+    new = make_evaluation(tmp_path / "new", {"density/dino": (1.0, 0.02, "nearer to 1")})
+    found = json.loads((new / "evaluation.json").read_text())
+    found["figures"]["density/dino"]["error_of"] = ""
+    (new / "evaluation.json").write_text(json.dumps(found))
+    row = Report([old, new], tmp_path / "out").row(f"density/dino{ARROWS['nearer to 1']}")
+    assert row[1].endswith("better")
+
+
+@pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"images": 1000}, "number of images"),

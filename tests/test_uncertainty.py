@@ -171,6 +171,8 @@ def test_errors_carry_the_numbers():
         (0.5, 0.00987, "0.5000 ± 0.0099"),
         (17.123456, None, "17.12"),
         (1.0, 0.0, "1"),
+        (0.000012, 0.0000034, "0.0000120 ± 0.0000034"),
+        (4.5e-13, 2.9e-13, "4.5e-13 ± 2.9e-13"),
     ],
 )
 def test_values_have_the_digits_that_their_error_leaves_them(value, error, text):

@@ -8,11 +8,17 @@ from typing import Any, NamedTuple
 from rae.commands.compare_read import Compared, Evaluation, Judged, made_by
 from rae.commands.compare_runs import recipes
 from rae.commands.reference import UNKNOWN
+from rae.evaluation.judge import AMONG_REAL
 from rae.evaluation.report import WIDE, Piece, beside, dots, heading, note, paragraph, table
 from rae.evaluation.uncertainty import BOUNDS, written
 
 DIFFERENT = 2  # standard errors of a difference, beyond which it is called one
-ARROWS = {"lower": "\N{NO-BREAK SPACE}↓", "higher": "\N{NO-BREAK SPACE}↑"}  # behind a title, never below it
+# behind a title, never below it
+ARROWS = {
+    "lower": "\N{NO-BREAK SPACE}↓",
+    "higher": "\N{NO-BREAK SPACE}↑",
+    "nearer to 1": "\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}1",
+}
 HOW = (
     "Value ± its standard error; below, the difference to the first one of the row and its error, √(e₁² + e₂²). A "
     f"difference of up to {DIFFERENT} such errors is called within error; of twenty figures that do not differ, one "
@@ -98,7 +104,7 @@ def protocol(evaluation: Evaluation, name: str) -> dict[str, Any]:
     figure = evaluation.figures[name]
     return _against(evaluation) | {
         "extractor": evaluation.extractors.get(name.partition("/")[2]),
-        "protocol": figure.protocol,
+        "protocol": figure.protocol.partition(AMONG_REAL)[0],  # of the same reference, however it was measured
         "better": figure.better,
     }
 
@@ -120,7 +126,10 @@ def apart(evaluations: Sequence[Evaluation]) -> list[str]:
 def verdict(first: Judged, other: Judged) -> str:
     """The difference of two figures of one protocol, and whether it is one."""
     error = math.hypot(first.error, other.error) if first.error and other.error else None
-    return told(other.value - first.value, error, other.better)
+    better = other.better
+    if better == "nearer to 1":
+        better = "higher" if (abs(other.value - 1) < abs(first.value - 1)) == (other.value > first.value) else "lower"
+    return told(other.value - first.value, error, better)
 
 
 def told(difference: float, error: float | None, better: str) -> str:

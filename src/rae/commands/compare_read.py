@@ -21,7 +21,7 @@ from rae.commands.pictures import picture_name
 from rae.commands.reference import UNKNOWN
 from rae.commands.sample_folder import PROTOCOL
 from rae.commands.subject import FIGURES
-from rae.evaluation.judge import KID_AS_DRAWN, take_turns
+from rae.evaluation.judge import KID_AS_DRAWN, Better, take_turns
 from rae.evaluation.report import ReportError
 from rae.training.run_folder import flatten, read_log
 
@@ -99,7 +99,7 @@ class Judged(pydantic.BaseModel):
     value: float
     error: float | None
     bound: float | None = None  # which earlier versions do not know; they have an error of 0
-    better: Literal["lower", "higher"]
+    better: Better
     protocol: str
     error_of: str | None = None  # None: an earlier version, which says it in the protocol
 
@@ -145,6 +145,8 @@ class Evaluation(pydantic.BaseModel):
                 continue
             figure.protocol, *said = re.split("; (?=no error of pairs|classes in turn, )", figure.protocol)
             figure.error_of = "; ".join(said)
+            if name.startswith("density/"):
+                figure.better = "nearer to 1"
             # divided by class or not, the line is to one distance, and told apart by less than its error
             figure.protocol = figure.protocol.replace(" by digest and class", " by digest")
             # too low by several of its errors, for two images of a class met too seldom (docs/metrics.md)

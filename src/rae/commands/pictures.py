@@ -63,7 +63,7 @@ def claim(folder: Path, file: str, protocol: dict[str, Any], grows: tuple[str, .
         if refused and all(key in grows and _begins(was, now) for key, (was, now) in refused.items()):
             counts = ", ".join(f"{key}: {was} -> {now}" for key, (was, now) in refused.items() if isinstance(was, int))
             raise OutputError(
-                f"{folder} was begun with more ({counts}). It can grow and not shrink: ask for as many, or give another "
+                f"{folder} was begun with more ({counts}). It can grow, not shrink: ask for as many, or give another "
                 "folder."
             )
         if refused:

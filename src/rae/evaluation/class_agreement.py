@@ -14,7 +14,7 @@ from rae.evaluation.reference import Classes
 from rae.evaluation.uncertainty import Share, measured_share, random_parts
 
 NEIGHBOURS = 20
-PARTS = 5  # of the reference, of which one is asked and the others vote
+PARTS = 5  # of the reference, of which each is asked and the others vote
 LEAST = NEIGHBOURS * PARTS // (PARTS - 1)  # images of a reference, for that
 
 
@@ -38,11 +38,15 @@ def class_agreement(
 
 
 def real_agreement(reference: Tensor, classes: Classes) -> Share:
-    """The same of a random fifth of the reference, by the rest of it."""
-    asked, *others = random_parts(len(reference), PARTS)
-    rest = torch.cat(others)
-    voting = Classes(classes.labels[rest], classes.names)
-    return class_agreement(reference[asked], classes.labels[asked], reference[rest], voting)
+    """The same of the reference's own images, each fifth of them by the rest."""
+    parts, right = random_parts(len(reference), PARTS), []
+    for number, asked in enumerate(parts):
+        rest = torch.cat(parts[:number] + parts[number + 1 :])
+        votes = neighbour_votes(
+            reference[rest], classes.labels[rest], reference[asked], len(classes.names), k=NEIGHBOURS
+        )
+        right.append(measure_accuracy(votes, classes.labels[asked]).right)
+    return measured_share(torch.cat(right))
 
 
 def numbered_alike(samples: Classes, reference: Classes) -> tuple[Tensor | None, str | None]:

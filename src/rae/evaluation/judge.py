@@ -17,13 +17,14 @@ from rae.evaluation.lpips import LPIPS
 from rae.evaluation.manifold import manifold, overlap
 from rae.evaluation.reconstruction import WINDOW, psnr, ssim
 from rae.evaluation.reference import FeatureSet, by_digest
-from rae.evaluation.uncertainty import Measured, Share, drawn_error, measured_mean, strata_of
+from rae.evaluation.uncertainty import Measured, Share, drawn_error, measured_mean, strata_of, written
 
 INCEPTION = "inception"
 WITHIN, AS_DRAWN = "classes in turn, error within them", "classes in turn, error as if they were drawn"
 KID_AS_DRAWN = ", classes in turn as if they were drawn"  # which is another figure: too low (docs/metrics.md)
 ADM_NEIGHBOURS, PRDC_NEIGHBOURS = 3, 5  # k of precision and recall as ADM's evaluator, of density and coverage as prdc
-Better = Literal["lower", "higher"]
+Better = Literal["lower", "higher", "nearer to 1"]
+AMONG_REAL = "; of real images among each other "  # behind it, what the reference comes to; no part of the protocol
 
 
 class Figure(NamedTuple):
@@ -146,18 +147,19 @@ def judge(
     for k, names in ((ADM_NEIGHBOURS, ("precision", "recall")), (PRDC_NEIGHBOURS, ("density", "coverage"))):
         shares = overlap(own, real, k=k, strata=strata)._asdict()
         for name in names:
+            better = "nearer to 1" if name == "density" else "higher"
             # of images that change with those that they lie among no error was found that holds (docs/metrics.md)
             if pairs:
                 unknown = Measured(shares[name].value, None)
-                add(name, name, unknown, "higher", f"{among}, k = {k}", "no error of pairs")
+                add(name, name, unknown, better, f"{among}, k = {k}", "no error of pairs")
             else:
-                add(name, name, shares[name], "higher", f"{among}, k = {k}")
+                add(name, name, shares[name], better, f"{among}, k = {k}")
     if (classes := reference.classes) and samples.classes:
         labels, _ = numbered_alike(samples.classes, classes)
         if labels is not None:
             agreement = class_agreement(rows, labels, known, classes, strata=strata)
-            by_real = f"of real images among each other {real_agreement(known, classes).value:.3f}"
-            add("class_agreement", "class agreement", agreement, "higher", f"{among}, k = {NEIGHBOURS}; {by_real}")
+            by_real = f"{AMONG_REAL}{written(*real_agreement(known, classes))}"
+            add("class_agreement", "class agreement", agreement, "higher", f"{among}, k = {NEIGHBOURS}{by_real}")
     if extractor == INCEPTION:
         if "spatial" in reference.moments:
             distance = frechet_measured(samples.rows["spatial"], other("spatial"), strata=strata)

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+SMALLEST = 7  # digits behind the point, beyond which a number is written with an exponent
 MISSED = 0.05  # chance that a bound does not hold
 BOUNDS = "Where none or all of the images count there is no standard error; the bound in its place has 95 % confidence."
 _PARTS, _REPLICATE, _SUBSET = range(100, 103)  # families of draws under one seed; `rae.data.order` has those below
@@ -65,6 +66,8 @@ def written(value: float, error: float | None, bound: float | None = None) -> st
     if not error or not math.isfinite(value) or not math.isfinite(error):
         return f"{value:.4g}" + (f" ± {error:.2g}" if error else "")
     digits = max(0, 1 - math.floor(math.log10(error)))
+    if digits > SMALLEST:  # what rounding leaves of a distance of nothing
+        return f"{value:.2g} ± {error:.2g}"
     return f"{value:,.{digits}f} ± {error:,.{digits}f}"
 
 
