@@ -303,7 +303,7 @@ def _share(figure: Memorisation, count: int) -> str:
 def _verdict(name: str, figure: Memorisation) -> str:
     value, error = figure.auc
     if abs(value - 0.5) <= DIFFERENT * (error or 0):
-        auc = "its samples lie as near to training images as new real images do"
+        auc = "no difference between its samples and new real images is told by how near training images lie"
     elif value > 0.5:
         auc = "its samples lie nearer to training images than new real images do"
     else:

@@ -55,8 +55,8 @@ class OneSize(Sized):
         if image.shape[:2] != self.size:
             raise ImageError(
                 f"{self.images.names[index]} is {image.shape[0]} x {image.shape[1]} pixels (height x width), not "
-                f"{self.size[0]} x {self.size[1]} as {self.images.names[0]}: images are judged at one size. With "
-                "--size all are cropped to it, as in training."
+                f"{self.size[0]} x {self.size[1]} as the first one that can be read: images are judged at one size. "
+                "With --size all are cropped to it, as in training."
             )
 
 
