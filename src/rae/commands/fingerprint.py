@@ -1,11 +1,8 @@
 """Of which images kept features are, told by pixels: names and sizes in bytes may stay where pixels do not."""
 
-import hashlib
-
-import numpy as np
-
 from rae.data.image_set import Images, digest
 from rae.data.images import read
+from rae.evaluation.reference import pixels_sha256
 
 EVERY = 512  # of so many images the pixels of one count
 
@@ -25,8 +22,3 @@ def fingerprint(images: Images, on_broken: str) -> str:
     """
     found = (read(images, index, on_broken)[1] for index in range(0, len(images), EVERY))
     return digest([images.identity, *(pixels_sha256(image).hex() for image in found)])
-
-
-def pixels_sha256(image: np.ndarray) -> bytes:
-    """SHA-256 of an image [H,W,3] as it was read, before any crop."""
-    return hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()

@@ -22,12 +22,12 @@ from rae.autoencoder.baselines import is_baseline, open_autoencoder
 from rae.autoencoder.encoders import load_encoder
 from rae.autoencoder.latents import tokens_to_map
 from rae.commands.feature_folder import check_left_out
-from rae.commands.fingerprint import pixels_sha256
 from rae.commands.pictures import OutputError, claim
 from rae.config import ConfigError
 from rae.data.crops import center_crop
 from rae.data.image_set import Images
 from rae.data.images import DataConfig, Views, read, readable_chunks, to_tensor, to_unit
+from rae.evaluation.reference import pixels_sha256
 from rae.folders import aside, saved_kind
 from rae.processes import process_state
 from rae.training.display import progress

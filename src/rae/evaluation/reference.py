@@ -101,8 +101,12 @@ class ReferenceAbout(Config):
 
 def pixel_digests(images: Tensor) -> Tensor:
     """64 bits of the SHA-256 of each image as extractors see it: uint8 [B,3,H,W] on the CPU -> int64 [B]."""
-    contents = (hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest() for image in images.numpy())
-    return torch.tensor([int.from_bytes(content[:8], "big", signed=True) for content in contents])
+    return torch.tensor([int.from_bytes(pixels_sha256(image)[:8], "big", signed=True) for image in images.numpy()])
+
+
+def pixels_sha256(image: np.ndarray) -> bytes:
+    """SHA-256 of the shape and the pixels of one image."""
+    return hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()
 
 
 def digest_order(digests: Tensor, labels: Tensor) -> Tensor:
