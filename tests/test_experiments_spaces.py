@@ -54,12 +54,21 @@ def test_quick_form(ran):
 
 def test_what_is_there_is_not_made_again(ran):
     rows, _, place = ran
-    made = [path for kind in ("*.safetensors", "judged-*.json") for path in place.work.rglob(kind)]
+    made = [path for kind in ("*.safetensors", "judged-*/*.json") for path in place.work.rglob(kind)]
     before = [path.stat().st_mtime_ns for path in made]
     for setting in (RAE, KL, PIXELS):
         assert spaces.run(rows[setting]["config"], setting, 0, place) == rows[setting]["numbers"]
     assert before == [path.stat().st_mtime_ns for path in made]
-    assert len([path for path in made if path.name.startswith("judged")]) == 12
+    assert len([path for path in made if path.parent.name.startswith("judged")]) == 12
+
+
+def test_samples_are_judged_again_for_another_decoder(ran):
+    rows, _, place = ran
+    was = rows[RAE]
+    found = spaces.run({**was["config"], "decoder_lr": 10 * was["config"]["decoder_lr"]}, RAE, 0, place)
+    for number in ("fd_dino", "rfd_dino", "fd_dino@4"):
+        assert found[number] != was["numbers"][number], number
+    assert found["gigaflops"] == was["numbers"]["gigaflops"]
 
 
 def test_the_same_network_and_images_in_every_space(encoder, ran):

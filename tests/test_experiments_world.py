@@ -167,9 +167,13 @@ def test_latents_of_the_held_out_images_are_at_no_distance(config, place):
 def test_reconstructions_are_judged_once_for_a_decoder(config, place):
     found = world.reconstruction(config, SEED, place)
     assert found.keys() == {"fd_dino", "fd_net", "psnr"}
-    folder = world.folder_of("decoder", config, world.DECODER, place, seed=SEED)
-    (folder / "reconstruction-20.json").write_text(json.dumps(found | {"psnr": -1.0}))
+    keys = (*world.DECODER, "samples", "judge_steps")
+    file = world.folder_of("reconstruction", config, keys, place, seed=SEED).with_suffix(".json")
+    file.write_text(json.dumps(found | {"psnr": -1.0}))
     assert world.reconstruction(config, SEED, place)["psnr"] == -1.0
+    for key in ("decoder_steps", "samples", "judge_steps"):  # nor for another one, or by another judge
+        changed = {**config, key: config[key] - 1}
+        assert world.reconstruction(changed, SEED, place)["psnr"] > 0, key
 
 
 def test_the_judge_learns_what_can_be_told_apart_and_is_the_same_again(tmp_path):

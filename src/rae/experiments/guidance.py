@@ -13,7 +13,7 @@ from rae.diffusion.sampling import time_grid
 from rae.evaluation import flops
 from rae.evaluation.report import Piece, curves
 from rae.experiments import ingredients, world
-from rae.experiments.claims import DINO, HEADINGS, NET, RULE, better, decide
+from rae.experiments.claims import AGAIN, DINO, HEADINGS, NET, RULE, better, decide
 from rae.experiments.frame import Config, Numbers, Place, Results, Study, Verdict
 
 SCALES = (1.5, 2.5)
@@ -105,6 +105,7 @@ STUDY = Study(
         f"{RULE} Claims: (1) AutoGuidance at 1.5 by the model's own early state is better than no guidance; CFG at (2) "
         "1.5 and (3) 2.5 is better within t <= 0.8 than at all times. Which setting has the least distance is reported "
         "and decides nothing: the best of eleven is chosen by chance too."
+        f" {AGAIN}"
     ),
     judge=judge,
     run=run,

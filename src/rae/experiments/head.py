@@ -7,7 +7,7 @@ are those of `ingredients`: where that study has run, they are there.
 from rae.evaluation import flops
 from rae.evaluation.report import Piece
 from rae.experiments import ingredients, world
-from rae.experiments.claims import DINO, HEADINGS, NET, RULE, better, by_setting, decide
+from rae.experiments.claims import AGAIN, DINO, HEADINGS, NET, RULE, better, by_setting, decide
 from rae.experiments.frame import Config, Numbers, Place, Results, Study, Verdict
 
 PLAIN, SAME = "no head", "384 wide"  # of equal compute
@@ -64,6 +64,7 @@ STUDY = Study(
         "compute; (2) that head is better than one of 288, which is narrower than the tokens; (3) a head "
         "of 512 is better than one of 384, on the same trunk, though it costs more; (4) a block of 512 is better than "
         "two of 384, which cost about as much."
+        f" {AGAIN}"
     ),
     judge=judge,
     run=run,

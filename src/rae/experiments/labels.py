@@ -15,7 +15,7 @@ from torch import Tensor
 from rae.evaluation.frechet import distance_between, normal_of
 from rae.evaluation.report import Piece
 from rae.experiments import ingredients, world
-from rae.experiments.claims import DINO, HEADINGS, RULE, better, by_setting, decide
+from rae.experiments.claims import AGAIN, DINO, HEADINGS, RULE, better, by_setting, decide
 from rae.experiments.frame import Config, Numbers, Place, Results, Study, Verdict, draws
 
 SETTINGS = {"balanced": {"random": False}, "random": {"random": True}}
@@ -81,7 +81,7 @@ STUDY = Study(
     settings=SETTINGS,
     quick={**world.QUICK, "samples": 60, "subset": 10, "subsets": 2},
     cost="about 10 min of one core beyond `ingredients`",
-    rule=f"{RULE} The difference is that of means over subsets.",
+    rule=f"{RULE} The difference is that of means over subsets. {AGAIN}",
     judge=judge,
     run=run,
     shown=HEADINGS,

@@ -35,6 +35,8 @@ from rae.training.dit_recipe import DiTRecipe
 
 RAE, KL, PIXELS = "RAE", "KL-VAE", "pixels"
 KEPT = ["15%", "30%", "60%"]  # moments that are judged besides the end
+MODEL = (*world.MODEL, *vae.VAE, "space", "patch_size")
+JUDGED = (*MODEL, *world.DECODER, "samples", "sampling_steps", "judge_steps")
 STEP = 3  # a forward and a backward pass, in forward passes
 
 
@@ -85,33 +87,36 @@ def recipe_of(config: Config, space: Space, seed: int) -> DiTRecipe:
 def run(config: Config, setting: str, seed: int, place: Place) -> Numbers:
     """Train in one space; judge reconstructions, and samples of every moment that is kept and of the end."""
     space = open_space(config, seed, place)
-    folder = world.folder_of("spaces", config, (*world.MODEL, *vae.VAE, "space", "patch_size"), place, seed=seed)
+    folder = world.folder_of("spaces", config, MODEL, place, seed=seed)
     train_dit(recipe_of(config, space, seed), folder)
     kept = [int(path.name) for path in sorted((folder / "kept").iterdir())]
     numbers = {f"r{name}": value for name, value in _reconstruction(config, space, place).items()}
-    for k, images in enumerate(kept):
-        found = _judged(
-            world.load(folder, config, kept=k), config, space, seed, place, folder / f"judged-{images}.json"
-        )
+    models = {images: world.load(folder, config, kept=k) for k, images in enumerate(kept)}
+    model = models[config["steps"] * config["batch"]] = world.load(folder, config)
+    for images, each in models.items():
+        found = _judged(each, images, config, space, seed, place)
         numbers |= {f"{name}@{images}": value for name, value in found.items()}
-    model, images = world.load(folder, config), config["steps"] * config["batch"]
-    found = _judged(model, config, space, seed, place, folder / f"judged-{images}.json")
-    numbers |= found | {f"{name}@{images}": value for name, value in found.items()}
+    numbers |= found
     macs = flops.total(flops.dit(model.config.network).values()).macs
     return numbers | {"gigaflops": STEP * 2 * macs / 1e9, "n": model.config.network.token_dim}
 
 
 def _judged(
-    model: DiffusionModel, config: Config, space: Space, seed: int, place: Place, file: Path
+    model: DiffusionModel, images: int, config: Config, space: Space, seed: int, place: Place
 ) -> dict[str, float]:
-    """fd_dino, fd_net and agreement of `samples` samples, by the same seeds in every space; kept in a file."""
+    """fd_dino, fd_net and agreement of `samples` samples of the model that has seen `images`; kept in a file.
+
+    They begin at the same seeds in every space.
+    """
+    file = world.folder_of("judged", config, JUDGED, place, seed=seed) / f"{images}.json"
     if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
         count = config["samples"]
         labels = [i % model.config.network.num_classes for i in range(count)]
         asked = {"steps": config["sampling_steps"], "grid": "calls", "batch_size": 100}
         drawn = generate(model, space.autoencoder, labels, range(seed * count, (seed + 1) * count), **asked)
-        images = _inside(torch.cat([to_bytes(batch.images).cpu() for batch in drawn]), space.margin)
-        found = world.judge(images, torch.tensor(labels), config, place)
+        samples = _inside(torch.cat([to_bytes(batch.images).cpu() for batch in drawn]), space.margin)
+        found = world.judge(samples, torch.tensor(labels), config, place)
         with aside(file) as hidden:
             hidden.write_text(json.dumps(found))
     return json.loads(file.read_text())
@@ -210,7 +215,15 @@ STUDY = Study(
         "51.09 on pixels (Table 11). Figure 6b: RAE takes far fewer epochs to an FID than what is trained on "
         "SD-VAE's."
     ),
-    protocol={**world.WORLD, **vae.VAE, "network": "dit", "size": [384, 6, 3], "head": None, "keep_at": KEPT},
+    protocol={
+        **world.WORLD,
+        **vae.VAE,
+        "decoder_steps": 1500,
+        "network": "dit",
+        "size": [384, 6, 3],
+        "head": None,
+        "keep_at": KEPT,
+    },
     settings={
         RAE: {"space": "rae", "patch_size": 1},
         KL: {"space": "vae", "patch_size": 2},

@@ -3,7 +3,7 @@
 from rae.diffusion.guidance import AutoGuidance
 from rae.evaluation.report import Piece
 from rae.experiments import ingredients, world
-from rae.experiments.claims import DINO, HEADINGS, RULE, better, by_setting, decide
+from rae.experiments.claims import AGAIN, DINO, HEADINGS, RULE, better, by_setting, decide
 from rae.experiments.frame import Config, Numbers, Place, Results, Study, Verdict
 
 CLASSES, NONE, GUIDED = "by class", "unconditional", "unconditional, AutoGuidance"
@@ -53,6 +53,7 @@ STUDY = Study(
         f"{RULE} Claims: (1) AutoGuidance at 1.5 by the model's own early state is better "
         "than none for a model without classes; (2) a model of classes is better than one without, both "
         "unguided."
+        f" {AGAIN}"
     ),
     judge=judge,
     run=run,

@@ -57,7 +57,7 @@ WORLD: Config = {
     "decoder": [192, 3, 4, 768],  # width, depth, heads, MLP
     "sigma_law": "uniform",
     "tau": 0.8,
-    "decoder_steps": 1500,
+    "decoder_steps": 6000,
     "decoder_batch": 32,
     "decoder_lr": 3e-3,  # Muon's, as a cosine to a hundredth
     "network": "dit-dh",
@@ -371,7 +371,8 @@ def judge(images: Tensor, labels: Tensor | None, config: Config, place: Place) -
 
 def reconstruction(config: Config, seed: int, place: Place) -> Numbers:
     """fd_dino and fd_net of reconstructions of the first `samples` held-out images, against all of them; psnr in dB."""
-    file = folder_of("decoder", config, DECODER, place, seed=seed) / f"reconstruction-{config['samples']}.json"
+    file = folder_of("reconstruction", config, (*DECODER, "samples", "judge_steps"), place, seed=seed)
+    file = file.with_suffix(".json")
     if not file.exists():
         autoencoder = decoder(config, seed, place)
         images, _ = pictures(config, place, "held_out", config["samples"])
