@@ -192,6 +192,17 @@ def test_nothing_is_written_into_classes_that_are_links(tmp_path):
         check_outside(tmp_path / out, tmp_path / "photos")
 
 
+def test_nothing_is_written_into_links_at_any_depth(tmp_path):
+    for name in ("photos/cat/deep", "disk/more/.old", "far"):
+        (tmp_path / name).mkdir(parents=True)
+    for link, to in (("photos/cat/deep/more", "disk/more"), ("disk/more/.old/x", "far"), ("far/up", "photos")):
+        (tmp_path / link).symlink_to(tmp_path / to)
+    for out in ("photos/cat/deep/more/judged", "disk/more/judged", "far", "far/judged", "photos/cat/deep/judged"):
+        with pytest.raises(ValueError, match=rf"--out {tmp_path / out} is inside {tmp_path}/photos"):
+            check_outside(tmp_path / out, tmp_path / "photos")
+    check_outside(tmp_path / "disk/judged", tmp_path / "photos")
+
+
 def test_beside_a_folder_of_images_anything_may_be_written(tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     (tmp_path / "digits.npz").write_bytes(b"")

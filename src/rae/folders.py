@@ -191,32 +191,37 @@ def sha256(path: Path) -> str:
 def check_outside(out: Path, source: str | Path) -> None:
     """Refuse to write pictures or data into a folder of images that is read, which would hold others from then on.
 
-    A class that is a link to a folder is read there. Features and figures may lie among images: nobody takes them for
-    one.
+    Folders in it that are links are read, at any depth. Features and figures may lie among images: nobody takes them
+    for one.
 
     Args:
         out: a file or folder to be written.
         source: of images, whatever its form; one that is no folder has no inside.
 
     Raises:
-        ValueError: `out` is that folder or a class that it links to, or in it.
+        ValueError: `out` is that folder or one that a link in it leads to, or in it.
     """
-    folder, place = Path(source).expanduser(), out.expanduser().resolve()
-    for inside in (folder, *_linked(folder)) if str(source) and folder.is_dir() else ():
-        if place.is_relative_to(inside.resolve()):
+    folder, place = os.path.expanduser(source), out.expanduser().resolve()
+    for inside in _folders(folder) if os.path.isdir(folder) else ():
+        if place.is_relative_to(os.path.realpath(inside)):
             raise ValueError(
                 f"--out {out} is inside {inside}, where what is written would be taken for its images; give an --out "
                 "beside it."
             )
 
 
-def _linked(folder: Path) -> list[Path]:
-    """The folders that links in a folder lead to."""
-    try:
-        links = [entry for entry in os.scandir(folder) if entry.is_symlink() and not entry.name.startswith(".")]
-    except OSError:
-        return []  # whoever reads the folder says what is wrong with it
-    return [Path(entry.path) for entry in links if os.path.isdir(entry.path)]
+def _folders(root: str) -> Iterator[str]:
+    """A folder of images and those in it that its listing reads; nothing is asked of the disk about ordinary files."""
+    seen, left = set(), [root]
+    while left:
+        place = left.pop()
+        if (real := os.path.realpath(place)) in seen:  # links in circles
+            continue
+        seen.add(real)
+        yield place
+        with contextlib.suppress(OSError), os.scandir(place) as entries:  # whoever reads it says what is wrong
+            found = (e for e in entries if e.is_dir(follow_symlinks=False) or (e.is_symlink() and os.path.isdir(e)))
+            left += [e.path for e in found if place != root or not e.name.startswith(".")]
 
 
 @contextlib.contextmanager
