@@ -753,6 +753,28 @@ def test_no_pictures_are_written_into_the_images_that_are_read(sets, runs, look,
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_no_pictures_are_written_into_the_images_of_a_reference_file(runs, look, refused, run, tmp_path):
+    real = save_images(tmp_path / "real", 12, seed=1, size=(16, 16))
+    run("reference", real, *look, "--out", tmp_path / "r.safetensors")
+    before = sorted(tmp_path.rglob("*"))
+    command = ["evaluate", runs / "dit", "--reference", tmp_path / "r.safetensors", "--num", 12, *look, "--out"]
+    assert f"is inside {real}, where what is written" in refused(*command, real / "judged")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_no_pictures_are_written_into_the_images_of_a_run(runs, look, refused, tmp_path):
+    decoder, real = shutil.copytree(runs / "decoder", tmp_path / "run"), save_images(tmp_path / "real", 12, seed=1)
+    text = (decoder / "recipe.yaml").read_text()
+    for key, was in (("source", "digits"), ("held_out", "0.1")):
+        own = save_images(tmp_path / key, 2, seed=2)
+        assert f"\n  {key}: {was}\n" in text
+        (decoder / "recipe.yaml").write_text(text.replace(f"\n  {key}: {was}\n", f"\n  {key}: {own}\n"))
+        before = sorted(tmp_path.rglob("*"))
+        for command in (["evaluate", decoder, "--reference", real, *look], ["reconstruct", decoder, real]):
+            assert f"is inside {own}, where what is written" in refused(*command, "--out", own / "judged")
+        assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("into", ["", "judged", "dark/judged"])
 def test_features_and_figures_may_lie_among_images(look, run, tmp_path, flat, into):

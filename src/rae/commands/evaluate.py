@@ -27,6 +27,7 @@ from rae.commands.look import Features, Look, look_at, open_extractors, say
 from rae.commands.pictures import OutputError, check_file
 from rae.commands.reconstruct import write_reconstructions
 from rae.commands.reference import UNKNOWN, Reference, check_size, open_reference, role_of
+from rae.commands.run_record import check_outside_data
 from rae.commands.sides import read_sides
 from rae.commands.subject import Subject, is_pairs, open_subject
 from rae.config import ConfigError, read_json
@@ -177,16 +178,18 @@ def evaluate(
             that neither side has.
         ReferenceError: a reference at another size, or by another extractor.
         OutputError: `out` holds something else; too few images for the metrics.
-        ValueError: `out`, where a model's images are written, is inside the folder of images that it is judged against.
+        ValueError: `out`, where a model's images are written, is inside a folder of the images that it is judged
+            against or was trained on.
     """
     begun, data = time.perf_counter(), data.model_copy(update={"label": label})
-    if reference and saved_kind(subject) in MADE:  # whose images are written; of others only features and figures are
-        check_outside(out, reference)
     sides = read_sides(data, [subject, *([reference] if reference else [])])
     look = Look(open_extractors(features, inception, input_size), data, batch)
     if lpips and not is_pairs(subject):
         raise ConfigError(f"--lpips is of reconstructions and what they are of; {subject} gives none, leave it out.")
     given = open_reference(reference, sides[-1], look) if reference else None
+    if given and saved_kind(subject) in MADE:  # whose images are written; of others only features and figures are
+        check_outside(out, _named(given)[0])
+        check_outside_data(out, subject)
     distance = load_lpips(purpose="metric").to(process_state().device) if lpips else None
     if num is not None:
         _check_count(subject, num, LEAST_JUDGED)

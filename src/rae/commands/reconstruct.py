@@ -25,6 +25,7 @@ from rae.commands.pictures import (
     read_picture,
     save_picture,
 )
+from rae.commands.run_record import check_outside_data
 from rae.data.images import DataConfig, Views, loader, open_images, subset, to_bytes, to_tensor, to_unit
 from rae.data.order import noise_draws
 from rae.evaluation.reconstruction import WINDOW, psnr, ssim
@@ -57,9 +58,10 @@ def write_reconstructions(
 
     Raises:
         OutputError: `out` holds pictures made in another way, or something else, or a damaged picture.
-        ValueError: `out` is inside the folder of images.
+        ValueError: `out` is inside the folder of images, or of those that the model was trained on.
     """
     check_outside(out, data.source)
+    check_outside_data(out, model)
     # labels play no part, and `rae report` pairs reconstructions by the identity of their images
     state, source = process_state(), open_images(data.source, data.image, "")
     images = source if num is None else subset(source, range(min(num, len(source))))

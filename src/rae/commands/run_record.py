@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import yaml
 
 from rae.config import ConfigError, load_recipe
-from rae.folders import checkpoints, run_of
+from rae.folders import check_outside, checkpoints, run_of
 from rae.training.checkpoint import find_damage, read_state
 from rae.training.decoder import DecoderRecipe
 from rae.training.diagnosis import patience
@@ -150,6 +151,23 @@ def _read_recipe(path: Path) -> DecoderRecipe | DiTRecipe:
         sections = yaml.safe_load(path.read_bytes())
     second = isinstance(sections, dict) and "network" in sections
     return load_recipe(DiTRecipe if second else DecoderRecipe, path)
+
+
+def check_outside_data(out: Path, model: str | Path) -> None:
+    """See that pictures do not become images of the data that the run of a model names, where they would be a class.
+
+    Raises:
+        ValueError: `out` is inside a folder of training or held-out images.
+    """
+    if not (run := run_of(Path(os.path.abspath(Path(model).expanduser())))):
+        return
+    try:
+        data = _read_recipe(run / "recipe.yaml").data
+    except ConfigError:
+        return  # of a recipe that cannot be read nothing is said; the model still can
+    for source in (data.source, data.held_out):
+        if isinstance(source, str):
+            check_outside(out, source)
 
 
 def _is_running(folder: Path) -> bool:

@@ -3,7 +3,6 @@
 labels, seeds --write_samples--> PNGs, latents, samples.json --save_overview--> one sheet; --pack--> .npz
 """
 
-import contextlib
 import math
 import os
 import shutil
@@ -22,6 +21,7 @@ from rich.table import Table
 from rae.autoencoder.baselines import Autoencoder
 from rae.commands.autoencoder_of import autoencoder_of, other_autoencoder
 from rae.commands.pictures import OutputError, Rounding, check_file, picture_name
+from rae.commands.run_record import check_outside_data
 from rae.commands.sample_folder import (
     PROTOCOL,
     add_labels,
@@ -34,12 +34,9 @@ from rae.commands.sample_folder import (
     save_overview,
     write_samples,
 )
-from rae.config import ConfigError, load_recipe
 from rae.diffusion.guidance import CFG, AutoGuidance
 from rae.diffusion.model import DiffusionModel
-from rae.folders import check_outside, run_of
 from rae.processes import process_state
-from rae.training.dit_recipe import DiTRecipe
 from rae.training.run import DTYPES
 
 _LABELS = int.from_bytes(b"labels")  # a family of draws apart from any other of the same seed
@@ -85,7 +82,7 @@ def sample_to_folder(
         ValueError: `out` is inside a folder of images that the run `model` was trained on, or keeps for measuring.
         Besides, what loading models, `generate` and `write_samples` raise.
     """
-    _check_out(out, model)
+    check_outside_data(out, model)
     state = process_state()
     if npz:
         _check_npz(npz)
@@ -214,17 +211,6 @@ def _at_commas(text: str) -> list[str]:
 
 
 # --- what cannot be is found before the work -------------------------------------------------------------------------
-
-
-def _check_out(out: Path, model: str) -> None:
-    """See that samples do not become images of the data that a run names, where they would be a class of their own."""
-    if not (run := run_of(Path(os.path.abspath(Path(model).expanduser())))):
-        return
-    with contextlib.suppress(ConfigError):  # of a recipe that cannot be read nothing is said; the model still can
-        data = load_recipe(DiTRecipe, run / "recipe.yaml").data
-        for source in (data.source, data.held_out):
-            if isinstance(source, str):
-                check_outside(out, source)
 
 
 def _check_npz(npz: Path) -> None:
