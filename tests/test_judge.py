@@ -86,6 +86,12 @@ def test_rows_that_make_no_pairs_are_refused(pair, numbers):
         judge(*map(of, pair), "e", pairs=(numbers, range(N)))
 
 
+def test_pairs_are_not_of_classes_in_turn(pair):
+    labels = torch.arange(N) % 2
+    with pytest.raises(ValueError, match="errors of pairs are of other pairs; leave turns out"):
+        judge(*(of(each, labels=labels) for each in pair), "e", pairs=(range(N), range(N)), turns=True)
+
+
 # --- classes that take turns -----------------------------------------------------------------------------------------
 
 
@@ -102,29 +108,63 @@ def test_errors_of_classes_in_turn_are_smaller(generator):
         90, 3, generator=generator
     )
     order = torch.randperm(90, generator=generator)  # the labels go with the rows
-    samples = of(x, digests=order.tolist(), labels=labels)
-    drawn, turns = (judge(samples, of(real, labels=labels), "e", turns=turns) for turns in (False, True))
-    for name in ("frechet", "frechet_infinite", "kid", "precision", "density", "class_agreement"):
-        assert turns[f"{name}/e"].error < drawn[f"{name}/e"].error, name
-        assert turns[f"{name}/e"].error_of == "classes in turn, error within them", name
-        assert drawn[f"{name}/e"].error_of == ""
-        assert turns[f"{name}/e"].protocol == drawn[f"{name}/e"].protocol, name  # so that they compare
-        if name not in ("frechet_infinite", "kid"):  # by other parts, and without the bias of classes
-            assert turns[f"{name}/e"].value == drawn[f"{name}/e"].value, name
-    assert turns["kid/e"].value == pytest.approx(kernel_distance(x, real, strata=labels).value, rel=1e-9)
-    assert turns["frechet/e"].error == pytest.approx(
-        frechet_measured(x, normal_of(real), strata=labels).error, rel=1e-9
-    )
+    samples = of(x, x, x * labels[:, None], digests=order.tolist(), labels=labels)
+    drawn, turns = (judge(samples, of(real, real, labels=labels), "inception", turns=turns) for turns in (False, True))
+    for name in drawn.keys() - {"recall/inception", "coverage/inception"}:  # by other parts, of any size
+        assert turns[name].error < drawn[name].error, name
+        assert turns[name].error_of == "classes in turn, error within them", name
+        assert drawn[name].error_of == ""
+        assert turns[name].protocol == drawn[name].protocol, name  # so that they compare
+        if name.split("/")[0] not in ("frechet_infinite", "kid"):  # by other parts, and without the bias of classes
+            assert turns[name].value == drawn[name].value, name
+    assert turns["kid/inception"].value == pytest.approx(kernel_distance(x, real, strata=labels).value, rel=1e-9)
+    within = frechet_measured(x, normal_of(real), strata=labels).error
+    assert [turns[f"{name}/inception"].error for name in ("frechet", "sfid")] == pytest.approx([within] * 2, rel=1e-9)
 
 
-def test_errors_of_whole_classes_are_as_if_these_were_drawn(generator):
-    """Each class is all right or all wrong, 4 images of each, which tells no scatter within."""
+BETTER = {"frechet": "lower", "frechet_infinite": "lower", "sfid": "lower", "kid": "lower", "density": "nearer to 1"}
+BETTER |= dict.fromkeys(("precision", "recall", "coverage", "class_agreement", "inception_score"), "higher")
+
+
+@pytest.mark.parametrize("how", [{}, {"turns": True}, {"pairs": (range(N), range(N))}])
+def test_which_way_is_better(pair, how):
+    labels = torch.arange(N) % 2
+    found = judge(*(of(each, each, each, labels=labels) for each in pair), "inception", **how)
+    expected = {name: way for name, way in BETTER.items() if name != "class_agreement" or "pairs" not in how}
+    assert {name.removesuffix("/inception"): figure.better for name, figure in found.items()} == expected
+
+
+AS_DRAWN = "classes in turn, error as if they were drawn, for of "
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "error_of"),
+    [
+        ([2, 5, 8, 11], (2 / 9 / 11) ** 0.5, f"{AS_DRAWN}each all images count or none"),
+        ([2], 1 / 12, "classes in turn, error within them"),  # where that of classes that are drawn is the same
+        ([], None, ""),
+    ],
+)
+def test_errors_of_whole_classes_are_as_if_these_were_drawn(wrong, error, error_of, generator):
+    """Where a class is all right or all wrong, 4 images of it tell no scatter within."""
     real, labels = torch.arange(90) % 3, torch.arange(12) % 3
-    made = torch.tensor([0, 1, 1])[labels]  # of class 1 where class 2 is asked for
+    made = labels.clone()
+    made[wrong] = 1  # where class 2 is asked for
     y, x = (5 * torch.eye(3)[each] + 0.1 * torch.randn(len(each), 3, generator=generator) for each in (real, made))
     found = judge(of(x, labels=labels), of(y, labels=real), "e", turns=True)["class_agreement/e"]
-    assert found[1:4] == (2 / 3, pytest.approx((2 / 9 / 11) ** 0.5), None)
-    assert found.error_of == "classes in turn, error as if they were drawn, for of each all images count or none"
+    assert (found.value, found.error_of) == (pytest.approx(1 - len(wrong) / 12), error_of)
+    assert found.error == (error and pytest.approx(error))
+
+
+@pytest.mark.parametrize(("of_class", "error_of"), [(7, f"{AS_DRAWN}some there are fewer than 8 images"), (8, None)])
+def test_parts_that_lack_classes_are_as_if_these_were_drawn(of_class, error_of, generator):
+    labels = torch.arange(10 * of_class) % 10
+    x, y = torch.randn(2, len(labels), 3, generator=generator)
+    drawn, turns = (judge(of(x, labels=labels), of(y), "e", turns=turns) for turns in (False, True))
+    for name in ("recall/e", "coverage/e"):
+        assert turns[name].error_of == (error_of or "classes in turn, error within them")
+        assert (turns[name].error == drawn[name].error) == bool(error_of)
+    assert turns["precision/e"].error_of == "classes in turn, error within them"
 
 
 @pytest.mark.parametrize("of_class", [1, 3])
@@ -148,6 +188,7 @@ def test_a_class_of_one_image_tells_no_scatter(generator):
     }
     assert turns["frechet/e"].error_of.endswith("error as if they were drawn, for of some there is one image")
     assert turns["frechet/e"].protocol == drawn["frechet/e"].protocol
+    assert turns["density/e"].error_of == turns["frechet/e"].error_of
     assert turns["kid/e"].protocol == f"{drawn['kid/e'].protocol}, classes in turn as if they were drawn"  # biased
     assert judge(of(x), of(y), "e", turns=True) == drawn  # nothing tells the classes
 

@@ -142,11 +142,10 @@ def test_value_of_classes_in_turn_is_that_of_their_mixture(generator):
     assert np.mean(found) == pytest.approx(expected, abs=3 * np.std(found) / math.sqrt(1500))
     drawn = [kernel_distance(*each).value for each in zip(x, y)]
     assert np.mean(drawn) < expected - 1
-    of_pairs_too = [kernel_distance(each, each + 1, paired=True, strata=of).value for each in x[:900]]
-    shifted = in_one_dimension([classes[c] for c in of], [(classes[c][0] + 1, classes[c][1]) for c in of])
-    assert np.mean(of_pairs_too) == pytest.approx(shifted, abs=3 * np.std(of_pairs_too) / 30)
     with pytest.raises(ValueError, match="a class of 1 image has no two of it"):
         kernel_distance(x[0], y[0], strata=torch.arange(10) // 3)
+    with pytest.raises(ValueError, match="pairs have no strata"):
+        kernel_distance(x[0], x[1], paired=True, strata=of)
 
 
 def test_error_of_pairs_is_the_scatter_of_fresh_pairs(generator):
@@ -186,7 +185,12 @@ def test_subsets_as_published(generator):
 def test_sets_of_equal_images_have_no_error(generator):
     for x, y in torch.randn(8, 2, 1, 5, generator=generator):  # of some, rounding leaves one of 5e-15
         assert kernel_distance(x.repeat(9, 1), y.repeat(7, 1)).error is None
-    assert kernel_distance(x.repeat(9, 1), torch.randn(7, 5, generator=generator)).error > 0.1
+    y, labels = torch.randn(7, 5, generator=generator), torch.arange(12) % 3
+    assert kernel_distance(x.repeat(9, 1), y).error > 0.1
+    for classes in torch.randn(8, 3, 5, generator=generator):  # equal within classes, which is no scatter either
+        assert kernel_distance(classes[labels], x.repeat(9, 1), strata=labels).error is None
+        of_reference = kernel_distance(classes.repeat(4, 1), y).error  # with all of the samples' scatter
+        assert 0.01 < kernel_distance(classes[labels], y, strata=labels).error < of_reference
 
 
 def test_the_mean_over_subsets_tends_to_the_whole(generator):

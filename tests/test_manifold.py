@@ -139,6 +139,19 @@ def test_errors_of_classes_in_turn_are_the_scatter_within(generator):
     assert values(drawn) == values(found[0])
 
 
+@pytest.mark.parametrize(("of_class", "parts"), [(8, 8), (11, 11), (25, 20)])
+def test_every_part_has_all_classes(of_class, parts, generator, monkeypatch):
+    labels = torch.arange(10 * of_class) % 10
+    sets = [manifold(torch.randn(len(labels), 3, generator=generator), k=3) for _ in range(2)]
+    found = overlap(*sets, k=3, strata=labels)
+    monkeypatch.setattr("rae.evaluation.manifold.PARTS", parts)
+    assert overlap(*sets, k=3, strata=labels) == found
+    few = torch.cat([labels[:70], labels[:1].expand(len(labels) - 70)])  # of most classes 7
+    as_drawn, drawn = overlap(*sets, k=3, strata=few), overlap(*sets, k=3)
+    assert (as_drawn.recall, as_drawn.coverage) == (drawn.recall, drawn.coverage)
+    assert found.coverage != drawn.coverage
+
+
 def test_parts_are_a_function_of_the_seed(generator):
     sets = [manifold(torch.randn(60, 4, generator=generator), k=3) for _ in range(2)]
     first, again, other = (overlap(*sets, k=3, seed=seed) for seed in (0, 0, 1))

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from rae.evaluation.uncertainty import (
+    all_equal,
     bootstrap_error,
     drawn_error,
+    fewest,
     jackknife_error,
     measured_mean,
     measured_share,
@@ -83,14 +85,23 @@ def test_strata_without_scatter_have_no_error():
     assert standard_error(values, torch.arange(14) % 2) is None
 
 
-def test_a_share_of_whole_classes_has_the_error_of_classes_that_are_drawn():
-    """Of 0.1, right in all of one class of ten and in none of the others, no error at all would be taken for none."""
+def test_a_share_of_whole_classes_has_no_error():
     labels = torch.arange(40) % 10
-    assert measured_share(labels == 3, labels) == (0.1, drawn_error(0.1, 40), None)
+    assert measured_share(labels == 3, labels) == (0.1, None, None)
     assert drawn_error(0.1, 40) == pytest.approx(measured_share(labels == 3).error, rel=1e-12)
     assert measured_share(labels < 10, labels) == (1, None, share_bound(1, 40))
-    some = torch.arange(40) < 4  # one of four of each of four classes
-    assert measured_share(some, labels).error == pytest.approx(standard_error(some, labels), rel=1e-12)
+    for some in (torch.arange(40) < 4, torch.arange(40) == 7):  # one of four of each of four classes, or of one
+        assert measured_share(some, labels).error == pytest.approx(standard_error(some, labels), rel=1e-12)
+
+
+def test_images_that_are_equal_within_classes():
+    labels = torch.tensor([2, 0, 2, 0, 5])
+    x = torch.randn(3, 4)[labels.clamp(max=2)]
+    x[4] += 1
+    assert all_equal(x, labels)
+    assert not all_equal(x)
+    assert not all_equal(x, labels.clamp(max=2))
+    assert fewest(labels) == 1
 
 
 def test_a_stratum_of_one_tells_nothing():
@@ -148,6 +159,18 @@ def test_parts_are_disjoint_random_and_of_one_size():
     assert parts[0].tolist() == random_parts(103, 4)[0].tolist() != random_parts(103, 4, seed=1)[0].tolist()
 
 
+def test_parts_of_strata_have_equally_many_of_each():
+    strata = torch.tensor([7] * 5 + [2] * 8 + [0] * 11)[torch.randperm(24, generator=torch.Generator().manual_seed(0))]
+    parts = random_parts(24, 4, strata=strata)
+    assert torch.cat(parts).sort().values.tolist() == list(range(24))
+    counts = torch.stack([strata[part].bincount(minlength=8)[[7, 2, 0]] for part in parts])
+    assert (counts.amax(0) - counts.amin(0)).tolist() == [1, 0, 1]
+    assert counts.sum(1).tolist() == [6] * 4
+    again, other = (random_parts(24, 4, seed, strata) for seed in (0, 1))
+    assert [part.tolist() for part in parts] == [part.tolist() for part in again]
+    assert [part.tolist() for part in parts] != [part.tolist() for part in other]
+
+
 def test_subsets_hold_nothing_twice():
     subset = random_subset(50, 40, number=7)
     assert len(subset.unique()) == 40
@@ -172,6 +195,9 @@ def test_errors_carry_the_numbers():
         (17.123456, None, "17.12"),
         (1.0, 0.0, "1"),
         (0.000012, 0.0000034, "0.0000120 ± 0.0000034"),
+        (12.3, 0.0000012, "12.3000000 ± 0.0000012"),  # seven digits behind the point
+        (12.3456, 9.9e-7, "12.35 ± 9.9e-07"),  # eight of them
+        (12.3456, 3e-9, "12.35 ± 3e-09"),
         (4.5e-13, 2.9e-13, "4.5e-13 ± 2.9e-13"),
     ],
 )

@@ -14,13 +14,14 @@ from rae.evaluation.frechet import PARTS, Normal, frechet_measured, frechet_to_i
 from rae.evaluation.inception_score import SPLIT, inception_score
 from rae.evaluation.kernel_distance import kernel_distance
 from rae.evaluation.lpips import LPIPS
-from rae.evaluation.manifold import manifold, overlap
+from rae.evaluation.manifold import LEAST_PARTS, manifold, overlap
 from rae.evaluation.reconstruction import WINDOW, psnr, ssim
 from rae.evaluation.reference import FeatureSet, by_digest
-from rae.evaluation.uncertainty import Measured, Share, drawn_error, measured_mean, strata_of, written
+from rae.evaluation.uncertainty import Measured, Share, drawn_error, fewest, measured_mean, strata_of, written
 
 INCEPTION = "inception"
 WITHIN, AS_DRAWN = "classes in turn, error within them", "classes in turn, error as if they were drawn"
+NO_ERROR = "no error of pairs"
 KID_AS_DRAWN = ", classes in turn as if they were drawn"  # which is another figure: too low (docs/metrics.md)
 ADM_NEIGHBOURS, PRDC_NEIGHBOURS = 3, 5  # k of precision and recall as ADM's evaluator, of density and coverage as prdc
 Better = Literal["lower", "higher", "nearer to 1"]
@@ -37,7 +38,8 @@ class Figure(NamedTuple):
         bound: in its place, of a share of none or all of the images; see `share_bound`.
         better: which way.
         protocol: numbers of images, and whatever else it depends on; figures of one protocol compare.
-        error_of: what its error is of, which does not move the value; "" = other samples, or other pairs.
+        error_of: what its error is of, which does not move the value; "" = of other samples, or other pairs, or there
+            is none.
     """
 
     title: str
@@ -64,7 +66,7 @@ class LeftOut(NamedTuple):
 def left_out(samples: FeatureSet, extractor: str, *, turns: bool = False) -> dict[str, LeftOut]:
     """Figures that `judge` does not give of so few samples: "METRIC/EXTRACTOR" => why. `turns`: see there."""
     count, dim = samples.rows["features"].shape
-    of_class = samples.classes.labels.unique(return_counts=True)[1].min().item() if turns and samples.classes else None
+    of_class = fewest(samples.classes.labels) if turns and samples.classes else None
     if count < (least := least_to_infinity(dim)):
         why = f"its line takes more images than features in N / 4: of {dim:,} at least {least:,}, there are {count:,}"
     elif of_class is not None and of_class < PARTS[-1]:
@@ -76,7 +78,10 @@ def left_out(samples: FeatureSet, extractor: str, *, turns: bool = False) -> dic
 
 
 def take_turns(labels: Sequence[int]) -> bool:
-    """Whether K > 1 classes take turns, c_i = c_(i mod K), as those of `rae sample` without --random-labels do."""
+    """Whether K > 1 classes take turns, c_i = c_(i mod K), N > K: of samples whose folder does not say it.
+
+    Earlier versions did not: one image of each class, or classes that `--labels` names twice, look like drawn ones.
+    """
     turn = len(set(labels))
     return 1 < turn < len(labels) and all(label == labels[i % turn] for i, label in enumerate(labels))
 
@@ -96,18 +101,21 @@ def judge(
         reference: with moments of all its images, and rows of some; sFID where it has moments of spatial features.
         extractor: its name; "inception" has more to tell than encoders.
         pairs: the number of the image in each row of the samples, and of the reference, of samples that are
-            reconstructions: one and what it is of have the same number. Errors are then of other pairs.
-        turns: the samples' classes took turns, see `take_turns`, so that errors are of other samples of the same
-            classes, and KID meets classes by their shares; all as of classes that are drawn, with errors that are too
-            large and a KID that is too low, where there is one sample of a class, or where the set has no classes.
+            reconstructions: one and what it is of have the same number. Errors are then of other pairs, and there is no
+            class agreement.
+        turns: the samples' classes took turns, so that errors are of other samples of the same classes, and KID meets
+            classes by their shares; all as of classes that are drawn, with errors that are too large and a KID that is
+            too low, where there is one sample of a class, or where the set has no classes. Not of pairs.
 
     Returns:
         "METRIC/EXTRACTOR" => figure, without those of `left_out`.
 
     Raises:
         ValueError: too few images for a metric, other dimensions, features that are not finite; numbers of `pairs` that
-            are not those of all rows of both.
+            are not those of all rows of both, pairs in turn.
     """
+    if pairs and turns:
+        raise ValueError("pairs of classes in turn are asked for: errors of pairs are of other pairs; leave turns out.")
     if pairs:
         samples, reference = _paired(samples, reference, *pairs)
     else:
@@ -127,9 +135,14 @@ def judge(
         return reference.rows[kind] if pairs else normal(*reference.moments[kind])
 
     def add(name: str, title: str, found: Measured | Share, better: Better, how: str, said: str = error_of) -> None:
-        if strata is not None and isinstance(found, Share) and found.error == drawn_error(found.value, len(rows)):
-            said = f"{AS_DRAWN}, for of each all images count or none"
+        said = said if found.error is not None or said == NO_ERROR else ""
         figures[f"{name}/{extractor}"] = _figure(f"{title}{_suffix(extractor)}", found, better, how, said)
+
+    def one_by_one(found: Share) -> tuple[Share, str]:  # of images that count or not, whatever the others are
+        if found.error is found.bound is None:
+            as_drawn = found._replace(error=drawn_error(found.value, len(rows)))
+            return as_drawn, f"{AS_DRAWN}, for of each all images count or none"
+        return found, error_of
 
     if left_out(samples, extractor, turns=turns):
         add("frechet", short, frechet_measured(rows, other("features"), strata=strata), "lower", against)
@@ -144,22 +157,24 @@ def judge(
     own, real = (
         manifold(each, k=PRDC_NEIGHBOURS, name=name) for name, each in (("samples", rows), ("reference", known))
     )
+    of_parts = error_of
+    if strata is not None and fewest(strata) < LEAST_PARTS:
+        of_parts = f"{AS_DRAWN}, for of some there are fewer than {LEAST_PARTS} images"
     for k, names in ((ADM_NEIGHBOURS, ("precision", "recall")), (PRDC_NEIGHBOURS, ("density", "coverage"))):
         shares = overlap(own, real, k=k, strata=strata)._asdict()
         for name in names:
-            better = "nearer to 1" if name == "density" else "higher"
-            # of images that change with those that they lie among no error was found that holds (docs/metrics.md)
-            if pairs:
-                unknown = Measured(shares[name].value, None)
-                add(name, name, unknown, better, f"{among}, k = {k}", "no error of pairs")
-            else:
-                add(name, name, shares[name], better, f"{among}, k = {k}")
+            found, said = shares[name], of_parts if name in ("recall", "coverage") else error_of
+            if pairs:  # of images that change with those that they lie among no error was found (docs/metrics.md)
+                found, said = Measured(found.value, None), NO_ERROR
+            elif name == "precision":
+                found, said = one_by_one(found)
+            add(name, name, found, "nearer to 1" if name == "density" else "higher", f"{among}, k = {k}", said)
     if (classes := reference.classes) and samples.classes:
         labels, _ = numbered_alike(samples.classes, classes)
         if labels is not None:
-            agreement = class_agreement(rows, labels, known, classes, strata=strata)
+            found, said = one_by_one(class_agreement(rows, labels, known, classes, strata=strata))
             by_real = f"{AMONG_REAL}{written(*real_agreement(known, classes))}"
-            add("class_agreement", "class agreement", agreement, "higher", f"{among}, k = {NEIGHBOURS}{by_real}")
+            add("class_agreement", "class agreement", found, "higher", f"{among}, k = {NEIGHBOURS}{by_real}", said)
     if extractor == INCEPTION:
         if "spatial" in reference.moments:
             distance = frechet_measured(samples.rows["spatial"], other("spatial"), strata=strata)
@@ -184,8 +199,7 @@ def _paired(
     reference = by_digest(dataclasses.replace(reference, rows=reference.rows | {"number": number}))
     place = torch.tensor(numbers).argsort()[reference.rows["number"].argsort().argsort()]
     rows = {kind: values[place] for kind, values in samples.rows.items()}
-    classes = samples.classes and samples.classes._replace(labels=samples.classes.labels[place])
-    return dataclasses.replace(samples, rows=rows, classes=classes), reference
+    return dataclasses.replace(samples, rows=rows, classes=None), reference
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from rae.evaluation.feature_sets import blocks, check_dimensions, check_features
 from rae.evaluation.uncertainty import (
     Measured,
     Share,
+    fewest,
     jackknife_error,
     measured_mean,
     measured_share,
@@ -33,6 +34,7 @@ from rae.evaluation.uncertainty import (
 
 ROUNDING = 1e-13  # of |x|^2 + |y|^2: more than float64 loses in a squared distance, less than float32 features can tell
 PARTS = 20  # of the samples, for the jackknife
+LEAST_PARTS = 8  # each with an image of every class, or the classes are taken as drawn
 
 
 class Manifold(NamedTuple):
@@ -97,10 +99,14 @@ def overlap(samples: Manifold, reference: Manifold, *, k: int, strata: Tensor | 
     (jackknife), whose radii stay what they are. Recall's comes out too large near 1, up to twice in trials. Where it
     changes nothing there is no error, and of none or all of the y a bound, which is of other real images.
 
+    A part that lacks classes would bring what these differ by into the error, so of strata there are no more parts than
+    images of a class; `LEAST_PARTS` tell it to a third, and below that recall and coverage have errors as of classes
+    that are drawn.
+
     Args:
         samples, reference: of at least k neighbours.
         k: 3 as ADM's evaluator, 5 as prdc.
-        strata: of the samples, see `standard_error`; the parts have equally many of each.
+        strata: of the samples, see `standard_error`; the parts have equally many of each, to within one.
         seed: of the parts.
 
     Raises:
@@ -114,7 +120,9 @@ def overlap(samples: Manifold, reference: Manifold, *, k: int, strata: Tensor | 
         )
     check_dimensions(samples=samples.features, reference=reference.features)
     n, m = len(samples.features), len(reference.features)
-    parts = [part.to(samples.centre.device) for part in random_parts(n, min(PARTS, n), seed, strata)]
+    within_classes = strata if strata is not None and fewest(strata) >= LEAST_PARTS else None
+    number = min(PARTS, n if within_classes is None else fewest(strata))
+    parts = [part.to(samples.centre.device) for part in random_parts(n, number, seed, within_classes)]
     centre = reference.centre.to(samples.centre.device)
     within = torch.zeros(n, dtype=torch.int64, device=centre.device)  # balls of the reference about a sample
     reached, covered = torch.zeros(2, len(parts), m, dtype=torch.bool, device=centre.device)

@@ -47,7 +47,8 @@ class Share(NamedTuple):
     Attributes:
         value: from 0 to 1.
         error: its standard error; None where it has none.
-        bound: in its place, of none or all of them; see `share_bound`.
+        bound: in its place, of none or all of them; see `share_bound`. None where it has an error, and of a share
+            between that has none.
     """
 
     value: float
@@ -56,7 +57,7 @@ class Share(NamedTuple):
 
 
 def written(value: float, error: float | None, bound: float | None = None) -> str:
-    """12.3456, 0.0712 -> "12.346 ± 0.071": to the second digit of the error; to four digits where none is known.
+    """12.3456, 0.0712 -> "12.346 ± 0.071": to the second digit of the error; to four where it is unknown or far below.
 
     A share with a bound is none or all: "none, below 4.9 %", "all, above 95.1 %", with what `BOUNDS` says.
     """
@@ -66,19 +67,27 @@ def written(value: float, error: float | None, bound: float | None = None) -> st
     if not error or not math.isfinite(value) or not math.isfinite(error):
         return f"{value:.4g}" + (f" ± {error:.2g}" if error else "")
     digits = max(0, 1 - math.floor(math.log10(error)))
-    if digits > SMALLEST:  # what rounding leaves of a distance of nothing
-        return f"{value:.2g} ± {error:.2g}"
+    if digits > SMALLEST:  # what rounding leaves of a distance of nothing, or of its error
+        digits = 2 if abs(value) < 10 * error else 4
+        return f"{value:.{digits}g} ± {error:.2g}"
     return f"{value:,.{digits}f} ± {error:,.{digits}f}"
 
 
-def all_equal(values: Tensor) -> bool:
-    """Whether no image of values [N,...] differs from the first, so that an error of them is one of rounding."""
-    return bool((values == values[0]).all())
+def all_equal(values: Tensor, strata: Tensor | None = None) -> bool:
+    """Whether no image of values [N,...] differs from the others, of its class, so that an error is one of rounding."""
+    if strata is None:
+        return bool((values == values[0]).all())
+    return all(all_equal(values[strata == each]) for each in strata.to(values.device).unique())
+
+
+def fewest(strata: Tensor) -> int:
+    """How many images there are of the class that has the fewest."""
+    return strata.unique(return_counts=True)[1].min().item()
 
 
 def strata_of(labels: Tensor) -> Tensor | None:
     """Labels [N] as strata of `standard_error`; None where there is one image of a class, which tells no scatter."""
-    return labels if labels.unique(return_counts=True)[1].min() > 1 else None
+    return labels if fewest(labels) > 1 else None
 
 
 def standard_error(values: Tensor, strata: Tensor | None = None) -> float | None:
@@ -95,15 +104,15 @@ def standard_error(values: Tensor, strata: Tensor | None = None) -> float | None
     Raises:
         ValueError: a class of one image; see `strata_of`.
     """
-    if strata is None:
-        return None if all_equal(values) else values.double().std().item() / math.sqrt(len(values))
-    values = values.double()
-    _, of, counts = strata.to(values.device).unique(return_inverse=True, return_counts=True)
-    if counts.min() < 2:
+    if strata is not None and fewest(strata) < 2:
         raise ValueError("a class of 1 image tells no scatter within; leave the strata out, or give 2 of each class.")
-    least, sums = values.new_zeros(2, len(counts))
-    if (values == least.scatter_reduce(0, of, values, "amin", include_self=False)[of]).all():
+    if all_equal(values, strata):
         return None
+    values = values.double()
+    if strata is None:
+        return values.std().item() / math.sqrt(len(values))
+    _, of, counts = strata.to(values.device).unique(return_inverse=True, return_counts=True)
+    sums = values.new_zeros(len(counts))
     squares = (values - (sums.index_add(0, of, values) / counts)[of]).square()
     scatter = sums.index_add(0, of, squares) / (counts - 1)  # s_c^2
     return (counts * scatter).sum().sqrt().item() / len(values)
@@ -145,12 +154,9 @@ def drawn_error(value: float, count: int) -> float:
 def measured_share(chosen: Tensor, strata: Tensor | None = None) -> Share:
     """Share of the images of a mask [N], and its `drawn_error`, or that of `strata`; or its bound.
 
-    Where of each class all or none are chosen nothing scatters within, and a bound of every class would be none that
-    anyone could use: a share between has its `drawn_error` then, exactly.
+    Where of each class all or none are chosen nothing scatters within: a share between has neither.
     """
     value, error = measured_mean(chosen, strata)
-    if error is None and 0 < value < 1:
-        error = drawn_error(value, len(chosen))
     return Share(value, error, share_bound(value, len(chosen)))
 
 
