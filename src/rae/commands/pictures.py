@@ -11,6 +11,7 @@ from PIL import Image
 
 from rae.folders import aside
 from rae.sources import weights_sha256
+from rae.training.run_folder import flatten
 
 Rounding = Literal["nearest", "truncate"]
 
@@ -54,14 +55,15 @@ def claim(folder: Path, file: str, protocol: dict[str, Any], grows: tuple[str, .
         before = _read(path)
         if before == protocol:
             return
-        pairs = {key: (before.get(key), protocol.get(key)) for key in sorted(before.keys() | protocol.keys())}
+        was, now = flatten(before), flatten(protocol)  # what differs in a long section is shown, not how it begins
+        pairs = {key: (was.get(key), now.get(key)) for key in sorted(was.keys() | now.keys())}
         refused = {
             key: (was, now)
             for key, (was, now) in pairs.items()
             if was != now and not (key in grows and _begins(now, was))
         }
         if refused and all(key in grows and _begins(was, now) for key, (was, now) in refused.items()):
-            counts = ", ".join(f"{key}: {was} -> {now}" for key, (was, now) in refused.items() if isinstance(was, int))
+            counts = ", ".join(f"{key}: {_count(was)} -> {_count(now)}" for key, (was, now) in refused.items())
             raise OutputError(
                 f"{folder} was begun with more ({counts}). It can grow, not shrink: ask for as many, or give another "
                 "folder."
@@ -83,7 +85,13 @@ def claim(folder: Path, file: str, protocol: dict[str, Any], grows: tuple[str, .
 
 def _begins(now: Any, was: Any) -> bool:
     """Whether `now` is `was` and more."""
-    return now[: len(was)] == was if isinstance(was, list) else was is not None and was <= now
+    if type(now) is not type(was):
+        return False
+    return now[: len(was)] == was if isinstance(was, list) else was <= now
+
+
+def _count(value: Any) -> Any:
+    return len(value) if isinstance(value, list) else value
 
 
 def _read(path: Path) -> dict[str, Any]:
