@@ -371,6 +371,7 @@ FD = {"frechet/dino": (10.0, 0.5, "lower")}
         (0.9, 0.7, "worse"),
         (0.9, 1.3, "worse"),
         (0.9, 0.91, "within"),
+        (0.9, 1.1, "+0.200 ± 0.028: within"),  # as far from 1
     ],
 )
 def test_a_density_above_one_is_no_better(first, other, said):

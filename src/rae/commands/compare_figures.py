@@ -126,19 +126,20 @@ def apart(evaluations: Sequence[Evaluation]) -> list[str]:
 def verdict(first: Judged, other: Judged) -> str:
     """The difference of two figures of one protocol, and whether it is one."""
     error = math.hypot(first.error, other.error) if first.error and other.error else None
-    better = other.better
-    if better == "nearer to 1":
-        better = "higher" if (abs(other.value - 1) < abs(first.value - 1)) == (other.value > first.value) else "lower"
-    return told(other.value - first.value, error, better)
+    difference = other.value - first.value
+    if other.better == "nearer to 1":
+        return told(difference, error, "lower", abs(other.value - 1) - abs(first.value - 1))
+    return told(difference, error, other.better)
 
 
-def told(difference: float, error: float | None, better: str) -> str:
-    """A difference to the first one, and a word for it."""
+def told(difference: float, error: float | None, better: str, gain: float | None = None) -> str:
+    """A difference to the first one, and a word for it; `gain`: what the word is for, where that is something else."""
     if not math.isfinite(difference):
         return "not finite"
     if error is None:
         return f"{difference:+.3g}, no error known"
-    return f"{'' if difference < 0 else '+'}{written(difference, error)}: {call(difference, error, better)}"
+    word = call(difference if gain is None else gain, error, better)
+    return f"{'' if difference < 0 else '+'}{written(difference, error)}: {word}"
 
 
 def call(difference: float, error: float, better: str) -> str:
