@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rae.commands.pictures import OutputError
 from rae.commands.subject import open_subject
 from rae.data.images import DataConfig
 
@@ -20,3 +21,10 @@ def test_classes_of_samples_are_left_alone_where_that_is_asked_for(tmp_path, lab
     assert subject.images.class_names == names
     assert subject.images.labels == ([1, 0, 1] if names else [0, 0, 0])
     assert subject.protocol["labels"] == [1, 0, 1]
+
+
+def test_samples_without_pictures_were_packed_or_are_still_to_come(tmp_path):
+    (tmp_path / "samples.json").write_text(json.dumps({"labels": [0], "class_names": None}))
+    told = r"\(--no-pngs\), judge the .npz; or `rae sample` was interrupted, the same"
+    with pytest.raises(OutputError, match=told):
+        open_subject(str(tmp_path), DataConfig(source=""), None)

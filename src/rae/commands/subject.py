@@ -62,9 +62,11 @@ def open_subject(source: str, data: DataConfig, num: int | None) -> Subject:
         kind, protocol = "reconstructions", _read(folder / RECONSTRUCTIONS)
         originals, images = _halves(folder)
     else:
-        packed = (folder / PROTOCOL).is_file() and not any(folder.glob("*.png"))
-        if packed:
-            raise OutputError(f"{source} has no pictures of its samples: they were packed (--no-pngs). Judge the .npz.")
+        if (folder / PROTOCOL).is_file() and not any(folder.glob("*.png")):
+            raise OutputError(
+                f"{source} holds no pictures of its samples: they were packed (--no-pngs), judge the .npz; or "
+                "`rae sample` was interrupted, the same command goes on."
+            )
         kind, images = "images", open_images(source, data.image, data.label)
         if (folder / PROTOCOL).is_file():
             kind, protocol = "samples", _read(folder / PROTOCOL)
