@@ -302,6 +302,20 @@ def test_error_of_classes_in_turn_is_the_scatter_within(generator):
     assert tended_to == pytest.approx(true, abs=3 * scatter / 80**0.5)
 
 
+def test_the_line_of_tight_classes_does_not_fall_short(generator):
+    """Eight of each of ten; parts of any classes would make it fall short."""
+    centres, labels, reference = 2 * torch.randn(10, 6, generator=generator), torch.arange(80) % 10, population(d=6)
+    found = [
+        frechet_to_infinity(centres[labels] + 0.2 * torch.randn(80, 6, generator=generator), reference, strata=labels)
+        for _ in range(40)
+    ]
+    own = centres.double()
+    covariance = (own - own.mean(0)).T @ (own - own.mean(0)) / 10 + 0.04 * torch.eye(6, dtype=torch.float64)
+    values = [line.infinite.value for line in found]
+    true = distance_between(normal(own.mean(0), covariance), reference)
+    assert np.mean(values) == pytest.approx(true, abs=3 * np.std(values, ddof=1) / 40**0.5)
+
+
 def test_parts_have_an_image_of_each_class(generator):
     """Of three of each, parts of 15 of 20 classes would have a line that falls short of the truth."""
     with pytest.raises(ValueError, match="of some class there are 3 samples; give 4, for each part to have one"):
