@@ -305,6 +305,12 @@ def test_newest_sheets_share_their_originals(tmp_path):
     assert "Images seen: 8." in report.html
 
 
+def test_sheets_of_a_recipe_that_does_not_say_whose_images_these_are(tmp_path):
+    recipes = {"a": DECODER, "b": DECODER | {"data": {"source": "images"}}}
+    paths = [make_run(tmp_path / name, recipe, sheets={8: noise(8, 12, 3)}) for name, recipe in recipes.items()]
+    assert "Images and their reconstructions. Images seen: 8." in Report(paths, tmp_path / "out").html
+
+
 def test_originals_that_differ_stand_above_what_was_made_of_them(tmp_path):
     paths = [make_run(tmp_path / n, DECODER, sheets={8: noise(8, 12, 3, seed=i)}) for i, n in enumerate("ab")]
     shown = [image["alt"] for image in Report(paths, tmp_path / "out").page.images]

@@ -246,7 +246,7 @@ def _sheet(found: Mapping[str, RunFiles], paths: Mapping[str, Path]) -> list[Pie
     seen = moments[next(iter(moments))] if len(set(moments.values())) == 1 else seen
     what = "Samples of the same seeds and classes in turn"
     if next(iter(found.values())).stage == 1:
-        held_out = {bool(run.recipe["data.held_out"]) for run in found.values()}
+        held_out = {bool(run.recipe[key]) if (key := "data.held_out") in run.recipe else None for run in found.values()}
         whose = {(True,): "Held-out images", (False,): "Training images"}.get((*held_out,), "Images")
         what = f"{whose} and their reconstructions"
     shown = [row[None] for row in rows.values()]
