@@ -104,6 +104,16 @@ def test_a_run_does_not_begin_among_its_images(tmp_path):
         assert {path.name for path in (tmp_path / "images").iterdir()} == {"0.png", "1.png"}
 
 
+def test_a_folder_that_the_first_process_has_begun_is_no_folder_of_images(tmp_path, monkeypatch):
+    """Others come late: `digits` means images inside a package, and is the run's own folder by now."""
+    monkeypatch.chdir(tmp_path)
+    run = Run("digits", decoder_recipe(tmp_path), epoch=10)
+    Path("digits").mkdir()
+    run.main = False
+    with run:
+        assert run.checkpoint is None
+
+
 @pytest.mark.parametrize("computed", ["log.jsonl", "held-out-of-the-judge.safetensors", None])
 def test_what_was_computed_or_is_anothers_stays(tmp_path, computed):
     folder, other = tmp_path / "runs/x", tmp_path / "runs/other"

@@ -125,7 +125,7 @@ class Run:
             TrainingError: not a run folder, in use by another process, or its log is damaged.
             ValueError: a new run inside the folder of its images.
         """
-        if not (self.folder / "recipe.yaml").exists():
+        if self.main and not (self.folder / "recipe.yaml").exists():  # others may see a folder that it has begun
             for source in (self.recipe.data.source, self.recipe.data.held_out):
                 if isinstance(source, str):
                     check_outside(self.folder, source)  # sheets of pictures would be taken for images of it
