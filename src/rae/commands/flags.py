@@ -18,7 +18,8 @@ SAME = "subject and reference are the same images: distances are 0 whatever thes
 def skipped(**sets: dict[str, Any]) -> list[str]:
     """What is to be said of images that could not be read: "subject" or "reference" => how many are in `skipped`."""
     return [
-        f"{missing:,} of {about['images'] + missing:,} images of the {whose} cannot be read and are left out"
+        f"{missing:,} of {about['images'] + missing:,} images of the {whose} cannot be read and "
+        f"{'are' if missing > 1 else 'is'} left out"
         for whose, about in sets.items()
         if (missing := about["skipped"])
     ]

@@ -74,15 +74,17 @@ def look_at(
         what: to call the job on the screen.
     """
     crop, size = size is not None, size or size_of(images, look.data.on_broken)
-    what_of = json.dumps([images.identity, len(images), list(size), crop])
+    what_of = json.dumps([images.identity, len(images), list(size), crop, crop and look.data.enlarge])
     place = folder / hashlib.sha256(what_of.encode()).hexdigest()[:12]
     write_features(images, size, look.extractors, place, data=look.data, batch=look.batch, crop=crop, what=what)
     sets, read, resized = {}, [], 0
     if process_state().is_main_process:
         remove_features(folder, lambda other, about: other != place and about.keys() >= KEYS)
+        of_all = set(range(len(images)))
         for name in look.extractors:
             sets[name], read = read_features(place, name, images, keep)
-            missing = check_left_out(images, read, place, look.data.on_broken)
+            of_all.intersection_update(read)
+        missing = check_left_out(images, of_all, place, look.data.on_broken)
         resized = count_resized(place, next(iter(look.extractors)), size)
         for index in missing:
             say(f"left out: {images.names[index]} cannot be read")
