@@ -611,10 +611,10 @@ def test_broken_images_are_named_and_left_out(sets, look, refused, run, tmp_path
     assert "left out: " in run(*command, tmp_path / "skipped", "--skip-broken")
     found = json.loads((tmp_path / "skipped/evaluation.json").read_text())
     assert found["subject"]["images"] == 11
-    assert "1 of 12 images of the subject cannot be read and are left out" in found["flags"]
+    assert "1 of 12 images of the subject cannot be read and is left out" in found["flags"]
     run("evaluate", sets[1], "--reference", images, *look, "--out", tmp_path / "other", "--skip-broken")
     flags = json.loads((tmp_path / "other/evaluation.json").read_text())["flags"]
-    assert "1 of 12 images of the reference cannot be read and are left out" in flags
+    assert "1 of 12 images of the reference cannot be read and is left out" in flags
     assert figures(tmp_path / "skipped")["frechet"]["protocol"] == "11 images against 26 images"
 
 
@@ -634,7 +634,7 @@ def test_reconstructions_know_how_many_images_were_left_out(runs, look, run, ref
     assert evaluated(runs / "decoder", "--reference", images, "--skip-broken") == (12, 2, 2, said)
     pairs = tmp_path / "out/decoder/reconstructions"
     assert evaluated(pairs) == (12, 2, 2, said)
-    one = ["1 of 13 images of the subject cannot be read and are left out"]
+    one = ["1 of 13 images of the subject cannot be read and is left out"]
     assert evaluated(shutil.copytree(pairs, tmp_path / "first"), "--num", 12) == (12, 1, 1, one)  # 013 comes later
     shutil.copytree(pairs, tmp_path / "interrupted")
     (tmp_path / "interrupted/figures.json").unlink()
@@ -897,6 +897,36 @@ def test_what_rae_probe_keeps_in_the_same_folder_stays(look, run, tmp_path):
     assert before == {file: file.stat().st_mtime_ns for file in before}
 
 
+def test_features_of_which_some_are_needed_stay(tmp_path):
+    for name in ("old", "new"):
+        (tmp_path / "both" / name).mkdir(parents=True)
+        (tmp_path / "both" / name / "features.json").write_text(json.dumps({"old": name == "old"}))
+    look_module.remove_features(tmp_path, lambda place, about: about["old"])
+    assert (tmp_path / "both/old").is_dir()
+    look_module.remove_features(tmp_path, lambda place, about: True)
+    assert not (tmp_path / "both").exists()
+
+
+def test_features_of_images_that_were_enlarged_are_not_those_of_images_that_may_not_be(
+    sets, look, run, refused, tmp_path
+):
+    command = ["evaluate", sets[0], "--reference", sets[1], *look, "--size", 24, "--out", tmp_path / "out"]
+    run(*command, "--enlarge")
+    assert "smaller than the 24 x 24 asked for" in refused(*command)
+
+
+def test_what_was_left_out_is_read_once_for_all_extractors(sets, look, run, tmp_path, monkeypatch):
+    from tiny import save_encoder
+
+    samples, read = shutil.copytree(sets[0], tmp_path / "samples"), []
+    (samples / "003.png").write_bytes(b"x")
+    check = look_module.check_left_out
+    monkeypatch.setattr(look_module, "check_left_out", lambda *given: read.append(given[1]) or check(*given))
+    both = [*look, "--features", save_encoder(tmp_path / "other", patch_size=4), "--skip-broken"]
+    run("evaluate", samples, "--reference", sets[1], *both, "--out", tmp_path / "out")
+    assert read == [{*range(21)} - {3}, {*range(26)}]
+
+
 def test_another_extractor_leaves_the_features_of_the_first(sets, look, run, tmp_path):
     from tiny import save_encoder
 
@@ -909,13 +939,16 @@ def test_another_extractor_leaves_the_features_of_the_first(sets, look, run, tmp
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_features_of_images_that_were_changed_are_refused(small_chunks, sets, look, run, refused, tmp_path, side):
+@pytest.mark.parametrize("number", [8, 13])  # the first one of the second chunk, and another one
+def test_features_of_images_that_were_changed_are_refused(
+    small_chunks, sets, look, run, refused, tmp_path, side, number
+):
     """BMP files of one size have as many bytes whatever is in them, which is what an identity is made of."""
     folders = [turned(folder, tmp_path / folder.name, ".bmp") for folder in sets]
     command = ["evaluate", folders[0], "--reference", folders[1], *look, "--out", tmp_path / "out"]
     run(*command)
     run(*command)
-    file = sorted(folders[side].iterdir())[8]  # the first one of the second chunk
+    file = sorted(folders[side].iterdir())[number]
     Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
     told = " ".join(refused(*command).split())
     assert f"{file} has other pixels than when" in told
@@ -927,6 +960,25 @@ def test_features_of_images_that_were_changed_are_refused(small_chunks, sets, lo
     shutil.rmtree(stale)
     run(*command)
     assert values(tmp_path / "out")["frechet"] != before["frechet"]
+
+
+def test_images_that_were_copied_are_read_again_once(small_chunks, sets, look, run, tmp_path, monkeypatch):
+    compared, loader = [], feature_folder.loader
+
+    def counted(views, batches, data):
+        compared.append(len(batches))
+        return loader(views, batches, data)
+
+    monkeypatch.setattr(feature_folder, "loader", counted)
+    samples = shutil.copytree(sets[0], tmp_path / "samples")
+    command = ["evaluate", samples, "--reference", sets[1], *look, "--out", tmp_path / "out"]
+    for _ in range(2):
+        run(*command)
+    for file in samples.iterdir():
+        file.write_bytes(file.read_bytes())
+    for _ in range(2):
+        run(*command)
+    assert compared == [0, 0, 3, 4, 21, 4, 3, 4]  # chunks of 8
 
 
 def test_images_that_can_or_cannot_be_read_now_are_changed(small_chunks, sets, look, run, refused, tmp_path):

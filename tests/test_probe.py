@@ -293,6 +293,19 @@ def test_sets_are_told_apart_by_pixels_and_not_by_sizes_in_bytes(tmp_path):
         probe(train, test, tmp_path / "out")
 
 
+def test_images_that_were_changed_are_told(tmp_path):
+    train, test = (write_images(tmp_path / name, 12, first=first) for name, first in (("train", 0), ("test", 100)))
+    file = sorted(Path(train).rglob("*.png"))[5]  # not the first one, by whose pixels features are found
+    file.write_bytes(file.read_bytes() + b" " * 99)
+    probe(train, test, tmp_path / "out")
+    probe(train, test, tmp_path / "out")
+    other = sorted(Path(test).rglob("*.png"))[5].read_bytes()
+    assert len(other) <= file.stat().st_size
+    file.write_bytes(other.ljust(file.stat().st_size))
+    with pytest.raises(OutputError, match=rf"{file} has other pixels than when .*00.safetensors was made .* Remove"):
+        probe(train, test, tmp_path / "out")
+
+
 def test_copies_are_refused_before_anything_is_encoded(sets, tmp_path, monkeypatch):
     monkeypatch.setattr("rae.commands.probe.open_latents", None)
     copy = shutil.copytree(sets[0], tmp_path / "copy")

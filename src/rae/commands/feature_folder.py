@@ -7,8 +7,11 @@ of processes nor an interruption changes a figure by more.
 """
 
 import dataclasses
+import os
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from torch import Tensor
 from rae.commands.pictures import OutputError, claim
 from rae.data.crops import center_crop
 from rae.data.image_set import ImageError, Images
-from rae.data.images import DataConfig, Views, read, readable_chunks, to_tensor
+from rae.data.images import DataConfig, Views, loader, read, readable_chunks, to_tensor
 from rae.evaluation.features import Extractor
 from rae.evaluation.reference import DIGESTS, Classes, FeatureSet, collect, digest_order, pixel_digests
 from rae.folders import aside
@@ -86,8 +89,8 @@ def write_features(
 
     Raises:
         ImageError: an image of another size, or one that cannot be read.
-        OutputError: the folder holds features of other images or of another extractor, or the images were changed
-            since, of which the first one of each file tells.
+        OutputError: the folder holds features of other images or of another extractor, or of images that were changed
+            since, as of `check_unchanged`.
         FloatingPointError: features that are not finite.
     """
     state = process_state()
@@ -99,13 +102,14 @@ def write_features(
             claim(_place(folder, name), "features.json", about | {"extractor": extractor.describe()})
     state.wait_for_everyone()
     views = (Sized if crop else OneSize)(images, data, size)
-    todo = []
+    todo, there = [], []
     for k in range(len(chunks))[state.process_index :: state.num_processes]:
         files = [_file(folder, name, k) for name in extractors]
         if all(file.exists() for file in files):
-            _check_unchanged(files, views)
+            there += files
         else:
             todo.append(k)
+    check_unchanged(there, views)
     batches_of = readable_chunks(views, [chunks[k] for k in todo], batch)  # workers start once
     with progress(what, sum(len(chunks[k]) for k in todo)) as advance:
         done = 0
@@ -150,7 +154,7 @@ def read_features(
     return found, numbers[order].tolist()
 
 
-def check_left_out(images: Images, numbers: Sequence[int], folder: Path, on_broken: str) -> list[int]:
+def check_left_out(images: Images, numbers: Collection[int], folder: Path, on_broken: str) -> list[int]:
     """Numbers of the images that features in `folder` lack, since they could not be read, and cannot be now.
 
     Args:
@@ -184,19 +188,62 @@ def count_resized(folder: Path, name: str, size: tuple[int, int]) -> int:
     return sum(int((part["original"] != torch.tensor(size)).any(1).sum()) for part in parts if part)
 
 
-def _check_unchanged(files: Sequence[Path], views: Views) -> None:
-    """Refuse features of images that have other pixels now, by the first image of each file."""
-    for file in files:
-        known = _load(file, "index", DIGESTS)
-        if not len(known["index"]):  # none of its images could be read
-            continue
-        index, digest = known["index"][0].item(), known[DIGESTS][0].item()
-        now = views[index]
-        if now["index"] != index or pixel_digests(now["image"][None]).item() != digest:
-            raise OutputError(
-                f"{views.images.names[index]} has other pixels than when {file} was made of it: features of images "
-                f"that were changed since are of no use. Remove {file.parent} and run the same command again."
-            )
+def _digests(items: Mapping[str, Tensor]) -> Tensor:
+    return pixel_digests(items["image"])
+
+
+def check_unchanged(
+    files: Sequence[Path],
+    views: Views,
+    kind: str = DIGESTS,
+    digests: Callable[[Mapping[str, Tensor]], Tensor] = _digests,
+) -> None:
+    """Refuse features of images that have other pixels now.
+
+    Of each file of features the first image is read again, and those whose own files were written, copied or renamed
+    since. Images without files of their own, as rows of tables, are told by the first one alone.
+
+    Args:
+        files: of features, with `index` and `kind` of each image.
+        views: of the images.
+        kind: what the files call their digests.
+        digests: items of `views` => the digests.
+
+    Raises:
+        OutputError: one of the images has other pixels, or cannot be read.
+    """
+    begun = time.time_ns()
+    known = [(file, *pair) for file in files for pair in _suspects(file, views.images.names, kind)]
+    read_again = loader(views, [[index] for _, index, _ in known], views.config)
+    with progress("comparing images", len(known)) as advance:
+        for done, ((file, index, digest), now) in enumerate(zip(known, read_again), start=1):
+            if now["index"].item() != index or digests(now).item() != digest:
+                raise OutputError(
+                    f"{views.images.names[index]} has other pixels than when {file} was made of it: features of images "
+                    f"that were changed since are of no use. Remove {file.parent} and run the same command again."
+                )
+            advance(done, "")
+    for file, count in Counter(file for file, _, _ in known).items():
+        if count > 1:
+            os.utime(file, ns=(begun, begun))  # copied images are not read again every time
+
+
+def _suspects(file: Path, names: Sequence[str], kind: str) -> Iterator[tuple[int, int]]:
+    """(number, digest) of the first image of a file of features, and of those that may have been changed since."""
+    known, made = _load(file, "index", kind), file.stat().st_mtime_ns
+    if kind not in known:  # none of its images could be read
+        return
+    for place, (index, digest) in enumerate(zip(known["index"].tolist(), known[kind].tolist())):
+        if place == 0 or _written(names[index]) >= made:
+            yield index, digest
+
+
+def _written(name: str) -> int:
+    """When the file of an image was last written, copied or renamed, ns; 0 where it has none of its own."""
+    try:
+        return os.stat(name).st_ctime_ns
+    except OSError:
+        return 0
 
 
 def _check_finite(found: Mapping[str, Tensor], name: str, images: Images, numbers: Sequence[int]) -> None:

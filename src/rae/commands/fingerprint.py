@@ -11,7 +11,8 @@ def fingerprint(images: Images, on_broken: str) -> str:
     """SHA-256 (hex) of `Images.identity` and of the pixels of every 512th image, the first one among them.
 
     Two folders of uncompressed images that have the same names, or one that was written anew in its place, are of one
-    identity, which is of sizes in bytes; to read all images would take as long as to read them for their features.
+    identity, which is of sizes in bytes; to read all images would take as long as to read them for their features. An
+    image between these that was exchanged is found by `check_unchanged`.
 
     Args:
         images: a set.

@@ -7,6 +7,7 @@ The order is that of the images' digests, which knows nothing of the order that 
 
 import hashlib
 import json
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from rae.autoencoder.baselines import is_baseline, open_autoencoder
 from rae.autoencoder.encoders import load_encoder
 from rae.autoencoder.latents import tokens_to_map
-from rae.commands.feature_folder import check_left_out
+from rae.commands.feature_folder import check_left_out, check_unchanged
 from rae.commands.pictures import OutputError, claim
 from rae.config import ConfigError
 from rae.data.crops import center_crop
@@ -139,6 +140,7 @@ def write_features(
 
     Raises:
         ImageError: an image that cannot be read, unless `data.on_broken` is "skip", or is too small.
+        OutputError: images were changed since, as of `check_unchanged`.
         FloatingPointError: latents that are not finite.
     """
     state = process_state()
@@ -147,10 +149,15 @@ def write_features(
         for pool in pools:
             claim(places[pool], "features.json", _about(space, pool, images, data))
     state.wait_for_everyone()
-    own = list(enumerate(_chunks(images)))[state.process_index :: state.num_processes]
-    todo = [(k, chunk) for k, chunk in own if not all(_file(place, k).exists() for place in places.values())]
+    todo, there, views = [], [], _Digested(images, data, space.image_size)
+    for k, chunk in list(enumerate(_chunks(images)))[state.process_index :: state.num_processes]:
+        files = [_file(place, k) for place in places.values()]
+        if all(file.exists() for file in files):
+            there += files
+        else:
+            todo.append((k, chunk))
+    check_unchanged(there, views, "digest", operator.itemgetter("digest"))
     space.module.to(state.device)
-    views = _Digested(images, data, space.image_size)
     with progress(f"encoding, {space.name}", sum(len(chunk) for _, chunk in todo)) as advance:
         done = 0
         for (k, _), batches in zip(todo, readable_chunks(views, [chunk for _, chunk in todo], batch)):
