@@ -135,7 +135,7 @@ def test_an_interrupted_job_ends_in_the_same_bits(whole, coupled, runs, run, tmp
     assert made(tmp_path / "out") == made(whole)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     jobs = json.loads((tmp_path / "out/samples.json").read_text())["jobs"]
-    assert jobs[0].keys() == {"batch", "processes", "device"}  # it never came to its end
+    assert jobs[0].keys() == {"batch", "processes", "device", "random_labels"}  # it never came to its end
     assert (jobs[1]["images"], jobs[1]["computed"]) == (6, 10)  # 1, 2, 6 to 9, and their chunks
     assert "nothing was missing" in run(*command)
     assert len(json.loads((tmp_path / "out/samples.json").read_text())["jobs"]) == 2
@@ -191,6 +191,7 @@ def test_random_labels_by_flag(runs, run, refused, tmp_path):
     command = ["sample", runs / "dit", "--steps", 2, "--random-labels", "--labels", "7,1,4", "--out", tmp_path / "out"]
     assert "of each of 3 classes drawn at random" in run(*command, "--num", 12)
     labels = protocol(tmp_path / "out")["labels"]
+    assert job(tmp_path / "out")["random_labels"] is True
     assert set(labels) == {1, 4, 7}
     assert labels != [7, 1, 4] * 4
     run(*command, "--num", 14)
@@ -206,6 +207,7 @@ def test_own_classes_by_name(runs, run, tmp_path):
     command = ["sample", tmp_path / "dit", "--autoencoder", runs / "decoder", "--steps", 2, "--out", tmp_path / "out"]
     output = run(*command, "--labels", "golden retriever, tench", "--num", 3, "--npz", tmp_path / "x.npz")
     assert protocol(tmp_path / "out")["labels"] == [1, 0, 1]
+    assert job(tmp_path / "out")["random_labels"] is False
     with np.load(tmp_path / "x.npz") as file:
         assert file["arr_1"].tolist() == [1, 0, 1]
     assert "'tench', 'golden retriever' x 2" in output  # the rows of the overview, in the order of the classes
@@ -373,7 +375,8 @@ def test_an_npz_is_judged_as_its_pngs_are(runs, run, encoder, tmp_path):
         found.append(json.loads((tmp_path / f"judged-{subject.name}/evaluation.json").read_text())["figures"])
     values = [{name: figure["value"] for name, figure in figures.items()} for figures in found]
     assert {name for name in values[0] if values[0][name] != values[1][name]} == {f"kid/{encoder}"}
-    turns = [{"classes in turn" in figure["error_of"] for figure in figures.values()} for figures in found]
+    with_error = [[figure for figure in figures.values() if figure["error"] is not None] for figures in found]
+    turns = [{"classes in turn" in figure["error_of"] for figure in figures} for figures in with_error]
     assert turns == [{True}, {False}]  # an .npz does not say how its classes were chosen
     assert "class_agreement" in {name.partition("/")[0] for name in found[1]}
 

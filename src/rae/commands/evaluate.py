@@ -35,7 +35,7 @@ from rae.data.crops import center_crop
 from rae.data.image_set import Images
 from rae.data.images import DataConfig, open_images, subset
 from rae.evaluation.frechet import PARTS
-from rae.evaluation.judge import INCEPTION, PRDC_NEIGHBOURS, judge, judge_pairs, left_out, take_turns
+from rae.evaluation.judge import INCEPTION, PRDC_NEIGHBOURS, judge, judge_pairs, left_out
 from rae.evaluation.pretrained import load_lpips
 from rae.evaluation.reference import save_reference
 from rae.evaluation.uncertainty import BOUNDS, written
@@ -224,7 +224,7 @@ def evaluate(
         pairs = [_cropped(half, size) for half in pairs] if size else pairs
         figures = judge_pairs(*pairs, distance, batch, process_state().device)
     drawn = {"pairs": (own.read, whole.read) if judged.originals else None}  # which errors depend on
-    drawn["turns"] = judged.kind == "samples" and take_turns(judged.images.labels)
+    drawn["turns"] = judged.turns
     for name in look.extractors:
         figures |= judge(own.sets[name], whole.sets[name], name, **drawn)
         missing |= left_out(own.sets[name], name, turns=drawn["turns"])

@@ -134,7 +134,7 @@ def sample_to_folder(
         if npz:
             _check_room(npz, 3 * math.prod(rae.output_size) * len(chosen), "leave --npz out")
         _check_room(out, 4 * math.prod(rae.latent_shape) * unkept, "leave --latents out")
-        job = write_samples(diffusion, rae, chosen, out, protocol, batch=batch, **settings)
+        job = write_samples(diffusion, rae, chosen, out, protocol, batch=batch, random_labels=random_labels, **settings)
         if state.is_main_process:
             rows = save_overview(out, chosen, _overview(out))
             if npz:

@@ -99,6 +99,7 @@ def write_samples(
     batch: int,
     rounding: Rounding,
     keep_latents: bool,
+    random_labels: bool,
     **settings: Any,
 ) -> dict[str, Any] | None:
     """Image i, of class labels[i] and seed `seed + i`, becomes `folder`/00000i.png; files that exist are left alone.
@@ -107,9 +108,10 @@ def write_samples(
     missing is computed again as a whole, and what is missing is written.
 
     `samples.json` keeps the protocol: another one is refused, but images may be added, and latents. Beside it, in
-    `jobs`, stands what every start was: `batch`, `processes`, `device`; and once it came to its end `images` written,
-    `computed` (more where a chunk was in part there), `seconds`, and per image computed `calls` of the velocity by the
-    sampler, `passes` through the model's network and `guiding_passes` through that of a guiding model.
+    `jobs`, stands what every start was: `batch`, `processes`, `device`, `random_labels`; and once it came to its end
+    `images` written, `computed` (more where a chunk was in part there), `seconds`, and per image computed `calls` of
+    the velocity by the sampler, `passes` through the model's network and `guiding_passes` through that of a guiding
+    model.
 
     Args:
         model, rae: as for `generate`.
@@ -120,6 +122,7 @@ def write_samples(
         batch: images at a time.
         rounding: from [0,1] to 8 bits, see `to_bytes`.
         keep_latents: also write what was decoded: `latents/00000i.safetensors`.
+        random_labels: whether the labels were drawn, which decides errors of figures of the images, and not the images.
         settings: steps, grid, sampler and guidance of `generate`.
 
     Returns:
@@ -138,6 +141,7 @@ def write_samples(
         chunks = _missing_chunks(folder, len(labels), batch, keep_latents)
         if chunks:
             job = {"batch": batch, "processes": state.num_processes, "device": str(model.device)}
+            job["random_labels"] = random_labels
         before = _claim(folder, protocol, job, console)
         if chunks and (there := len(labels) - sum(map(len, chunks))):
             console.print(f"{there:,} of {len(labels):,} are there", highlight=False)

@@ -18,6 +18,7 @@ from rae.commands.pictures import OutputError, picture_name
 from rae.commands.sample_folder import PROTOCOL
 from rae.data.image_set import Images, digest, read_image
 from rae.data.images import DataConfig, open_images, subset
+from rae.evaluation.judge import take_turns
 from rae.folders import saved_kind
 
 RECONSTRUCTIONS, FIGURES = "reconstructions.json", "figures.json"  # what `rae reconstruct` was asked for, and found
@@ -34,6 +35,7 @@ class Subject:
         originals: of reconstructions, in the same order.
         protocol: how they were made, as far as their folder tells.
         without: images of which there are no reconstructions, since they cannot be read; None = not known.
+        turns: samples of several classes, of which none was drawn: how many there are of each is no chance.
     """
 
     kind: Literal["samples", "reconstructions", "images"]
@@ -42,6 +44,7 @@ class Subject:
     originals: Images | None
     protocol: dict[str, Any]
     without: int | None = 0
+    turns: bool = False
 
 
 def open_subject(source: str, data: DataConfig, num: int | None) -> Subject:
@@ -77,7 +80,8 @@ def open_subject(source: str, data: DataConfig, num: int | None) -> Subject:
         images, originals = (each and subset(each, range(num)) for each in (images, originals))
     if originals:
         without = _without(folder, None if num is None else Path(images.names[-1]).name)
-    return Subject(kind, source, images, originals, protocol, without)
+    turns = kind == "samples" and _take_turns(images, protocol)
+    return Subject(kind, source, images, originals, protocol, without, turns)
 
 
 def is_pairs(source: str) -> bool:
@@ -105,6 +109,12 @@ def _labelled(samples: Images, protocol: dict[str, Any], folder: Path) -> Images
     if names is None and any(labels):
         names = [str(number) for number in range(max(labels) + 1)]
     return dataclasses.replace(samples, labels=made, class_names=names)
+
+
+def _take_turns(samples: Images, protocol: dict[str, Any]) -> bool:
+    """See `Subject`; of a folder of an earlier version, which does not say whether labels were drawn, by the labels."""
+    drawn = [job["random_labels"] for job in protocol.get("jobs", []) if "random_labels" in job]
+    return len(set(samples.labels)) > 1 and not any(drawn) if drawn else take_turns(samples.labels)
 
 
 def _halves(folder: Path) -> tuple[Images, Images]:
