@@ -23,11 +23,12 @@ from rae.commands.compare_figures import ARROWS, apart, call, rows, verdict
 from rae.commands.compare_nearest import Nearest
 from rae.commands.compare_read import Evaluation, Judged, read_all, short_names
 from rae.commands.compare_runs import compare_recipes
-from rae.commands.pictures import checksum
+from rae.commands.pictures import OutputError, checksum
 from rae.data.image_set import read_image
 from rae.data.images import DataConfig, open_images, to_bytes, to_tensor, to_unit
 from rae.evaluation.report import ReportError
 from rae.evaluation.uncertainty import BOUNDS
+from rae.folders import locked
 
 DECODER = {
     "encoder": {"name": "dinov2", "image_size": [4, 4]},
@@ -869,6 +870,16 @@ def test_features_are_kept_for_the_second_call(remembering, encoder, tmp_path, m
     assert len(calls) == 1  # the samples', in one batch
 
 
+def test_two_reports_do_not_compare_in_one_folder(remembering, encoder, tmp_path):
+    samples, *others = remembering
+    features = tmp_path / "out/report-files/features"
+    with (
+        locked(features, RuntimeError()),
+        pytest.raises(OutputError, match=f"another process is at work in {features};"),
+    ):
+        write_report([samples], tmp_path / "out", near(encoder, *others))
+
+
 def test_features_that_are_no_longer_compared_are_removed(remembering, encoder, tmp_path, capsys):
     samples, *others = remembering
     features = tmp_path / "out/report-files/features"
@@ -876,7 +887,9 @@ def test_features_that_are_no_longer_compared_are_removed(remembering, encoder, 
     def compared(extractor: Path = encoder) -> tuple[set[Path], list[str]]:
         """The folders of features that are there, and what is said of those that are not."""
         write_report([samples], tmp_path / "out", near(extractor, *others))
-        return set(features.iterdir()), [line for line in capsys.readouterr().err.splitlines() if "is removed" in line]
+        return set(features.glob("[!.]*")), [
+            line for line in capsys.readouterr().err.splitlines() if "is removed" in line
+        ]
 
     first, said = compared()
     assert (len(first), said) == (3, [])

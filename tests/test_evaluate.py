@@ -28,6 +28,7 @@ from rae.evaluation.frechet import Moments, frechet_distance
 from rae.evaluation.reconstruction import psnr
 from rae.evaluation.reference import pixel_digests
 from rae.evaluation.uncertainty import BOUNDS
+from rae.folders import locked
 
 METRICS = ("frechet", "kid", "precision", "recall", "density", "coverage")  # of 21 images, too few for another one
 
@@ -813,6 +814,26 @@ def test_weights_that_nobody_asked_for(sets, encoder, refused, tmp_path):
     command = ["evaluate", sets[0], "--reference", sets[1], "--out", tmp_path / "out"]
     assert "weights of Inception, which" in refused(*command, "--features", encoder, "--inception", tmp_path / "w.pth")
     assert "--input-size 56 is of encoders" in refused(*command, "--input-size", 56)
+
+
+def test_two_commands_do_not_work_in_one_folder(sets, look, run, refused, tmp_path):
+    for command, out, held in (
+        (["evaluate", sets[0], "--reference", sets[1], *look], "judged", "judged"),
+        (["reference", sets[0], *look], "r.safetensors", "r.safetensors.parts"),
+        (["probe", "digits", "pixels@8", "--num", 100], "probed", "probed"),
+    ):
+        with locked(tmp_path / held, RuntimeError()):
+            assert f"another process is at work in {tmp_path / held}; wait" in refused(
+                *command, "--out", tmp_path / out
+            )
+        run(*command, "--out", tmp_path / out)
+
+
+def test_a_file_in_the_way_is_told_before_anything_is_opened(sets, refused, tmp_path):
+    (tmp_path / "file").touch()
+    for out in ("file", "file/judged"):
+        told = refused("evaluate", sets[0], "--reference", "nowhere", "--features", "nothing", "--out", tmp_path / out)
+        assert f"{tmp_path / 'file'} is a file; give a folder." in told
 
 
 def test_a_folder_with_the_evaluation_of_others_is_refused(sets, look, refused, run, tmp_path, monkeypatch):

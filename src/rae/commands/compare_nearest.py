@@ -26,7 +26,7 @@ from rae.commands.compare_read import Compared, Pictures
 from rae.commands.feature_folder import check_left_out, read_features, write_features
 from rae.commands.fingerprint import fingerprint
 from rae.commands.look import KEYS, remove_features, say
-from rae.commands.pictures import checksum
+from rae.commands.pictures import alone, checksum
 from rae.config import parse
 from rae.data.image_set import Images, digest
 from rae.data.images import DataConfig, Views, open_images, open_split, to_bytes, to_unit
@@ -91,6 +91,7 @@ def nearest_images(compared: Sequence[Compared], near: Nearest, folder: Path) ->
     """The section of all folders of samples. Features are kept in `folder`, where a second call finds them.
 
     Raises:
+        OutputError: another process is at work in `folder`.
         ReportError: no samples, or of several sizes; held-out images that all are training images, or are not given.
         ImageError: an image that cannot be read, unless `on_broken` is "skip"; the page then says how many there are.
     """
@@ -128,16 +129,17 @@ def nearest_images(compared: Sequence[Compared], near: Nearest, folder: Path) ->
 
     left_out: list[str] = []
     seen: set[str] = set()
-    known = look_at(training, data[0], "training images"), look_at(held_out, data[1], "held-out images")
-    if torch.isin(known[1].digests, known[0].digests).all():
-        raise ReportError(
-            f"all {len(known[1].digests):,} held-out images are training images as well, pixel for pixel; what is "
-            "compared with must not have been trained on: give others with --held-out."
-        )
-    look_at_own = functools.partial(look_at, extractor=plain)
-    own = {name: _look_at_samples(pictures, data[0], look_at_own) for name, pictures in samples.items()}
-    if process_state().is_main_process:
-        remove_features(folder, lambda _, about: about.keys() >= KEYS and about["identity"] not in seen)
+    with alone(folder):
+        known = look_at(training, data[0], "training images"), look_at(held_out, data[1], "held-out images")
+        if torch.isin(known[1].digests, known[0].digests).all():
+            raise ReportError(
+                f"all {len(known[1].digests):,} held-out images are training images as well, pixel for pixel; what is "
+                "compared with must not have been trained on: give others with --held-out."
+            )
+        look_at_own = functools.partial(look_at, extractor=plain)
+        own = {name: _look_at_samples(pictures, data[0], look_at_own) for name, pictures in samples.items()}
+        if process_state().is_main_process:
+            remove_features(folder, lambda _, about: about.keys() >= KEYS and about["identity"] not in seen)
     through = f"reconstructed by {near.through}, " if near.through else ""
     protocol = (
         f"{len(known[0].features):,} training and {len(known[1].features):,} held-out images, {size[0]} x {size[1]} "

@@ -24,7 +24,7 @@ from rae.autoencoder.rae import RAEConfig
 from rae.commands.feature_folder import size_of
 from rae.commands.flags import flags_of, skipped
 from rae.commands.look import Features, Look, look_at, open_extractors, say
-from rae.commands.pictures import OutputError, check_file
+from rae.commands.pictures import OutputError, alone, check_file
 from rae.commands.reconstruct import write_reconstructions
 from rae.commands.reference import UNKNOWN, Reference, check_size, open_reference, role_of
 from rae.commands.run_record import check_outside_data
@@ -91,7 +91,7 @@ def write_reference(
         label: what holds the classes, see `open_images`; None = where there is one, "" = leave classes alone.
 
     Raises:
-        OutputError: no name of a file that can be written, or more images than there are.
+        OutputError: no name of a file that can be written, or more images than there are; another process is at work.
     """
     data = data.model_copy(update={"label": label})
     if out.suffix != ".safetensors":
@@ -99,12 +99,13 @@ def write_reference(
     check_file(out)
     look = Look(open_extractors(features, inception, input_size), data, batch)
     images, parts = _first(open_images(data.source, data.image, data.label), num), out.with_name(f"{out.name}.parts")
-    found = look_at(images, size, look, parts, source=data.source, keep=keep, what="reference")
-    if not process_state().is_main_process:
-        return
-    about = _about(found, images)
-    _save(found, about, look, out)
-    shutil.rmtree(parts)
+    with alone(parts):
+        found = look_at(images, size, look, parts, source=data.source, keep=keep, what="reference")
+        if not process_state().is_main_process:
+            return
+        about = _about(found, images)
+        _save(found, about, look, out)
+        shutil.rmtree(parts)
     table = Table("extractor", "images", "left out, unreadable", "rows kept", "written")
     for name, features_of in found.sets.items():
         counts = features_of.count, about["skipped"], len(features_of.rows["features"])
@@ -177,11 +178,14 @@ def evaluate(
         ConfigError: no reference, or one that does not go with the subject; LPIPS of images that are no pairs; a column
             that neither side has.
         ReferenceError: a reference at another size, or by another extractor.
-        OutputError: `out` holds something else; too few images for the metrics.
+        OutputError: `out` is a file or holds something else, or another process is at work in it; too few images for
+            the metrics.
         ValueError: `out`, where a model's images are written, is inside a folder of the images that it is judged
             against or was trained on.
     """
     begun, data = time.perf_counter(), data.model_copy(update={"label": label})
+    if file := next((place for place in (out, *out.parents) if place.is_file()), None):
+        raise OutputError(f"{file} is a file; give a folder.")
     sides = read_sides(data, [subject, *([reference] if reference else [])])
     look = Look(open_extractors(features, inception, input_size), data, batch)
     if lpips and not is_pairs(subject):
@@ -199,54 +203,60 @@ def evaluate(
     if given and size:
         check_size(subject, size, given, data)
     fits = functools.partial(_check_made, subject, size=size, given=given, data=data)
-    _check_out(out, **_known_before(subject, given, out))
-    judged = _prepare(subject, given, out, sides, num=num, batch=batch, sample=sample, fits=fits)
-    _check_count(subject, len(judged.images), LEAST_JUDGED)
-    if given and not size:
-        check_size(subject, size_of(judged.images, data.on_broken), given, data)
-    against = _named(given) if given else (judged.source, None)
-    if judged.originals:
-        against = against[0], judged.originals.identity
-    _check_out(out, subject=(subject, judged.images.identity), reference=against)
-    own = look_at(judged.images, size, look, out / "features", source=subject)
-    whole = _look_at_reference(judged, given, own, look, out / "reference")
-    if not process_state().is_main_process:
-        return None
-    compared = judged.originals or given.images  # None: features from a file
-    subject_about = _about(own, judged.images, judged.without)
-    reference_about = _about(whole, compared, judged.without if judged.originals else 0)
-    if compared and not (given and given.moments):
-        _save(whole, reference_about, look, out / "reference.safetensors")
-    role = role_of(subject, given) if given else UNKNOWN
-    figures, missing = {}, {}
-    if judged.originals:
-        pairs = [subset(half, sorted(own.read)) for half in (judged.originals, judged.images)]  # without broken ones
-        pairs = [_cropped(half, size) for half in pairs] if size else pairs
-        figures = judge_pairs(*pairs, distance, batch, process_state().device)
-    drawn = {"pairs": (own.read, whole.read) if judged.originals else None}  # which errors depend on
-    drawn["turns"] = judged.turns
-    for name in look.extractors:
-        figures |= judge(own.sets[name], whole.sets[name], name, **drawn)
-        missing |= left_out(own.sets[name], name, turns=drawn["turns"])
-    found = {
-        "format": FORMAT,
-        "subject": {"kind": judged.kind} | subject_about | {"protocol": judged.protocol},
-        "reference": reference_about | {"role": role},
-        "extractors": {name: extractor.describe() for name, extractor in look.extractors.items()},
-        "figures": {name: figure._asdict() for name, figure in figures.items()},
-        "left_out": {name: figure._asdict() for name, figure in missing.items()},
-        "flags": skipped(subject=subject_about, **({} if judged.originals else {"reference": reference_about}))
-        + flags_of(judged, own, whole, given, role),
-        "made": {
-            "rae": importlib.metadata.version("rae"),
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.perf_counter() - begun, 1),
-        },
-    }
-    with aside(out / EVALUATION) as hidden:
-        hidden.write_text(json.dumps(found, indent=1) + "\n")
-    _print(found, out)
-    return found
+    prepare = functools.partial(_prepare, subject, given, out, sides, num=num, batch=batch, sample=sample, fits=fits)
+    there = None if saved_kind(subject) in MADE else prepare()
+    if there:
+        _check_count(subject, len(there.images), LEAST_JUDGED)
+    with alone(out):
+        _check_out(out, **_known_before(subject, given, out))
+        judged = there or prepare()
+        _check_count(subject, len(judged.images), LEAST_JUDGED)
+        if given and not size:
+            check_size(subject, size_of(judged.images, data.on_broken), given, data)
+        against = _named(given) if given else (judged.source, None)
+        if judged.originals:
+            against = against[0], judged.originals.identity
+        _check_out(out, subject=(subject, judged.images.identity), reference=against)
+        own = look_at(judged.images, size, look, out / "features", source=subject)
+        whole = _look_at_reference(judged, given, own, look, out / "reference")
+        if not process_state().is_main_process:
+            return None
+        compared = judged.originals or given.images  # None: features from a file
+        subject_about = _about(own, judged.images, judged.without)
+        reference_about = _about(whole, compared, judged.without if judged.originals else 0)
+        if compared and not (given and given.moments):
+            _save(whole, reference_about, look, out / "reference.safetensors")
+        role = role_of(subject, given) if given else UNKNOWN
+        figures, missing = {}, {}
+        if judged.originals:
+            # without broken ones
+            pairs = [subset(half, sorted(own.read)) for half in (judged.originals, judged.images)]
+            pairs = [_cropped(half, size) for half in pairs] if size else pairs
+            figures = judge_pairs(*pairs, distance, batch, process_state().device)
+        drawn = {"pairs": (own.read, whole.read) if judged.originals else None}  # which errors depend on
+        drawn["turns"] = judged.turns
+        for name in look.extractors:
+            figures |= judge(own.sets[name], whole.sets[name], name, **drawn)
+            missing |= left_out(own.sets[name], name, turns=drawn["turns"])
+        found = {
+            "format": FORMAT,
+            "subject": {"kind": judged.kind} | subject_about | {"protocol": judged.protocol},
+            "reference": reference_about | {"role": role},
+            "extractors": {name: extractor.describe() for name, extractor in look.extractors.items()},
+            "figures": {name: figure._asdict() for name, figure in figures.items()},
+            "left_out": {name: figure._asdict() for name, figure in missing.items()},
+            "flags": skipped(subject=subject_about, **({} if judged.originals else {"reference": reference_about}))
+            + flags_of(judged, own, whole, given, role),
+            "made": {
+                "rae": importlib.metadata.version("rae"),
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                "seconds": round(time.perf_counter() - begun, 1),
+            },
+        }
+        with aside(out / EVALUATION) as hidden:
+            hidden.write_text(json.dumps(found, indent=1) + "\n")
+        _print(found, out)
+        return found
 
 
 def _check_count(source: str, count: int, least: int) -> None:

@@ -1,5 +1,6 @@
 """What the commands that write pictures share: files that are whole or not there, folders that go on, checksums."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -9,7 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rae.folders import aside
+from rae.folders import aside, locked
+from rae.processes import process_state
 from rae.sources import weights_sha256
 from rae.training.run_folder import flatten
 
@@ -36,6 +38,17 @@ def check_file(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise OutputError(f"{path.parent} cannot be written to; give another file.")
+
+
+def alone(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Hold a folder of results, the first process for all: of two commands each would remove what the other needs.
+
+    Raises:
+        OutputError: another command holds it.
+    """
+    if not process_state().is_main_process:
+        return contextlib.nullcontext()
+    return locked(folder, OutputError(f"another process is at work in {folder}; wait for it, or give another --out."))
 
 
 def claim(folder: Path, file: str, protocol: dict[str, Any], grows: tuple[str, ...] = ()) -> None:

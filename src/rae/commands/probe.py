@@ -24,7 +24,7 @@ from torch import Tensor
 from rae.autoencoder.baselines import is_baseline
 from rae.commands.fingerprint import fingerprint
 from rae.commands.look import remove_features
-from rae.commands.pictures import OutputError
+from rae.commands.pictures import OutputError, alone
 from rae.commands.probe_features import Pool, Probed, open_latents, read_features, write_features
 from rae.config import ConfigError
 from rae.data.image_set import ImageError, Images
@@ -84,7 +84,8 @@ def write_probe(
         ConfigError: a fraction, a number of images or of neighbours that cannot be; as `open_latents`.
         ImageError: images without classes, of one class, or of others than the test images; a class of too few images;
             test images that all are training images.
-        OutputError: `out` holds something else, or features that are damaged.
+        OutputError: `out` holds something else, or features that are damaged or of images that were changed since; or
+            another process is at work in it.
         Besides, what opening latent spaces and encoding raises.
     """
     state, folder = process_state(), out / "features"
@@ -92,7 +93,8 @@ def write_probe(
     fitted = len(train) if tested else len(train) - round(float(test) * len(train))
     if neighbours > fitted:
         raise ConfigError(f"{neighbours} neighbours are asked for among {fitted:,} training images; ask for fewer.")
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not folder.is_dir()):
+    others = out.is_dir() and any(not found.name.startswith(".") for found in out.iterdir())
+    if out.is_file() or (others and not folder.is_dir()):
         raise OutputError(f"{out} is a file, or a folder that holds something else than probes; give a new folder.")
     # what is kept of images is found by their pixels
     opened = [dataclasses.replace(of, identity=fingerprint(of, data.on_broken)) for of in (train, tested) if of]
@@ -101,43 +103,44 @@ def write_probe(
     for images in opened if image_size else ():
         Views(images, data, image_size)[0]  # a first one that is too small is told before an encoder is loaded
     spaces = open_latents(names, image_size, input_size)
-    for space in spaces:
-        for images in opened:
-            write_features(space, pools, images, data, folder, batch=batch)
-    if not state.is_main_process:
-        return None
-    known = {images.identity for images in opened}
-    remove_features(folder, lambda _, about: "pool" in about and about["images"] not in known)
-    device = state.device if state.device.type in ("cpu", "cuda") else torch.device("cpu")  # others have no float64
-    rows: list[dict[str, Any]] = []
-    right: list[dict[str, Tensor]] = []
-    for space in spaces:
-        for pool in pools:
-            read = [read_features(space, pool, images, data, folder) for images in opened]
-            fit, seen = read if tested else _part(read[0], float(test), train.class_names)
-            if not rows:
-                about = _check_sets(fit, seen, data.source, test)
-                about["unreadable"] = [n for i, r in zip(opened, read) for n in sorted({*i.names} - {*r.names})]
-            with Console(stderr=True).status(f"probing {escape(space.name)}"):
-                figures, hits = _probe(fit, seen, train.class_names, neighbours, temperature, device)
-            right.append(hits)
-            ahead = {kind: measured_mean(hits[kind].double() - right[0][kind].double()) for kind in hits}
-            row = {"latents": space.name, "identity": space.identity, "image_size": list(space.image_size)}
-            row |= {"shape": list(space.shape), "pool": pool, "features": fit.features.shape[1]} | figures
-            rows.append(row | {"ahead_of_first": {kind: _plain(figure) for kind, figure in ahead.items()}})
-    protocol = {
-        "training": {"source": data.source, "identity": train.identity, "images": len(fit.names)},
-        "test": {"source": test, "identity": tested and tested.identity, "images": len(seen.names)} | about,
-        "classes": train.class_names,
-        "precision": "features float32, probes float64",
-        "weight_decays": {"grid": WEIGHT_DECAYS, "chosen_on": CHOOSING},
-        "neighbours": {"k": neighbours, "temperature": temperature},
-    }
-    found = {"protocol": protocol, "rows": rows}
-    with aside(out / "probe.json") as hidden:
-        hidden.write_text(json.dumps(found, indent=1) + "\n")
-    _print(found, out)
-    return found
+    with alone(out):
+        for space in spaces:
+            for images in opened:
+                write_features(space, pools, images, data, folder, batch=batch)
+        if not state.is_main_process:
+            return None
+        known = {images.identity for images in opened}
+        remove_features(folder, lambda _, about: "pool" in about and about["images"] not in known)
+        device = state.device if state.device.type in ("cpu", "cuda") else torch.device("cpu")  # others have no float64
+        rows: list[dict[str, Any]] = []
+        right: list[dict[str, Tensor]] = []
+        for space in spaces:
+            for pool in pools:
+                read = [read_features(space, pool, images, data, folder) for images in opened]
+                fit, seen = read if tested else _part(read[0], float(test), train.class_names)
+                if not rows:
+                    about = _check_sets(fit, seen, data.source, test)
+                    about["unreadable"] = [n for i, r in zip(opened, read) for n in sorted({*i.names} - {*r.names})]
+                with Console(stderr=True).status(f"probing {escape(space.name)}"):
+                    figures, hits = _probe(fit, seen, train.class_names, neighbours, temperature, device)
+                right.append(hits)
+                ahead = {kind: measured_mean(hits[kind].double() - right[0][kind].double()) for kind in hits}
+                row = {"latents": space.name, "identity": space.identity, "image_size": list(space.image_size)}
+                row |= {"shape": list(space.shape), "pool": pool, "features": fit.features.shape[1]} | figures
+                rows.append(row | {"ahead_of_first": {kind: _plain(figure) for kind, figure in ahead.items()}})
+        protocol = {
+            "training": {"source": data.source, "identity": train.identity, "images": len(fit.names)},
+            "test": {"source": test, "identity": tested and tested.identity, "images": len(seen.names)} | about,
+            "classes": train.class_names,
+            "precision": "features float32, probes float64",
+            "weight_decays": {"grid": WEIGHT_DECAYS, "chosen_on": CHOOSING},
+            "neighbours": {"k": neighbours, "temperature": temperature},
+        }
+        found = {"protocol": protocol, "rows": rows}
+        with aside(out / "probe.json") as hidden:
+            hidden.write_text(json.dumps(found, indent=1) + "\n")
+        _print(found, out)
+        return found
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
