@@ -931,7 +931,10 @@ def test_features_of_which_some_are_needed_stay(tmp_path):
 def test_features_of_images_that_were_enlarged_are_not_those_of_images_that_may_not_be(
     sets, look, run, refused, tmp_path
 ):
-    command = ["evaluate", sets[0], "--reference", sets[1], *look, "--size", 24, "--out", tmp_path / "out"]
+    folders = [shutil.copytree(folder, tmp_path / folder.name) for folder in sets]
+    for folder in folders:
+        save_images(folder, 1, seed=0, size=(32, 32))  # the first one, which is asked before all others, is large
+    command = ["evaluate", folders[0], "--reference", folders[1], *look, "--size", 24, "--out", tmp_path / "out"]
     run(*command, "--enlarge")
     assert "smaller than the 24 x 24 asked for" in refused(*command)
 
