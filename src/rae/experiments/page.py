@@ -42,7 +42,7 @@ def write_page(study: Study, rows: Sequence[Row], out: Path) -> Path:
         "": head,
         "Results": [*_results(study, results), *study.figures(results), *_picture(study, out)] if rows else [],
         "How it was decided": [paragraph(study.rule)],
-        "How it was done": [*_protocol(study, rows), _cost(rows)] if rows else [],
+        "How it was done": [*_protocol(study, rows), _cost(study, rows)] if rows else [],
     }
     number = itertools.count(1)
 
@@ -70,14 +70,14 @@ def overview(found: Sequence[tuple[Study, Sequence[Row]]]) -> str:
         verdict = judge(study, results)
         says = verdict.says if own else "not run"
         done = f"{len(own)} of {max(len(own), len(study.settings) * study.seeds)}"
-        lines.append([study.name, study.question, says, done, _spent(own) if own else study.cost])
+        lines.append([study.name, study.question, says, done, study.cost, _spent(own) if own else "–"])
         pieces += [heading(f"{study.name}: {says}"), paragraph(study.question), paragraph(f"The paper: {study.claim}")]
         if own:
             link = f"[Figures, rule, protocol, cost](../results/{study.name}.md)"
             pieces += [note(f"{verdict.says}: {verdict.reason}"), _table(study, results)]
             pieces.append(Piece("", lambda _, link=link: link))
         pieces.append(code(f"rae experiment {study.name}"))
-    top = table(["study", "question", "outcome", "runs", "cost"], lines)
+    top = table(["study", "question", "outcome", "runs", "cost of all its parts", "spent on these rows"], lines)
     return "\n\n".join(piece.markdown(lambda data, kind: "") for piece in [top, *pieces]) + "\n"
 
 
@@ -156,12 +156,13 @@ def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _cost(rows: Sequence[Row]) -> Piece:
+def _cost(study: Study, rows: Sequence[Row]) -> Piece:
     where = sorted({f"{row['hardware']}, {row['threads']} thread(s), torch {row['versions']['torch']}" for row in rows})
     commits = sorted({row["commit"] or "unknown" for row in rows})
     wall = sum(row["seconds"] for row in rows) / 60
     text = f"Cost: {len(rows)} runs, {_spent(rows)}, {wall:.1f} minutes by the clock"
-    return paragraph(f"{text}, on {'; '.join(where)}. Commits: {', '.join(commits)}.")
+    parts = f"Parts that the work folder held already are not in these; all of them: {study.cost}."
+    return paragraph(f"{text}, on {'; '.join(where)}. {parts} Commits: {', '.join(commits)}.")
 
 
 def _spent(rows: Sequence[Row]) -> str:
