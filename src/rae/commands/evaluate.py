@@ -203,13 +203,9 @@ def evaluate(
     if given and size:
         check_size(subject, size, given, data)
     fits = functools.partial(_check_made, subject, size=size, given=given, data=data)
-    prepare = functools.partial(_prepare, subject, given, out, sides, num=num, batch=batch, sample=sample, fits=fits)
-    there = None if saved_kind(subject) in MADE else prepare()
-    if there:
-        _check_count(subject, len(there.images), LEAST_JUDGED)
     with alone(out):
         _check_out(out, **_known_before(subject, given, out))
-        judged = there or prepare()
+        judged = _prepare(subject, given, out, sides, num=num, batch=batch, sample=sample, fits=fits)
         _check_count(subject, len(judged.images), LEAST_JUDGED)
         if given and not size:
             check_size(subject, size_of(judged.images, data.on_broken), given, data)

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,15 +42,26 @@ def check_file(path: Path) -> None:
         raise OutputError(f"{path.parent} cannot be written to; give another file.")
 
 
-def alone(folder: Path) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
     """Hold a folder of results, the first process for all: of two commands each would remove what the other needs.
+
+    A new folder is removed where what is asked for is refused before anything is written.
 
     Raises:
         OutputError: another command holds it.
     """
     if not process_state().is_main_process:
-        return contextlib.nullcontext()
-    return locked(folder, OutputError(f"another process is at work in {folder}; wait for it, or give another --out."))
+        yield
+        return
+    is_new = not folder.exists()
+    with locked(folder, OutputError(f"another process is at work in {folder}; wait for it, or give another --out.")):
+        try:
+            yield
+        except Exception:
+            if is_new and os.listdir(folder) == [".lock"]:
+                shutil.rmtree(folder)
+            raise
 
 
 def claim(folder: Path, file: str, protocol: dict[str, Any], grows: tuple[str, ...] = ()) -> None:
