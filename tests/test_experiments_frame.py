@@ -308,7 +308,8 @@ Agrees if the interval of b - a is above 0.
 
 </details>
 
-Cost: 6 runs, 6.0 minutes of processor time, 12.0 minutes by the clock, on a Z80, 1 thread(s), torch 9. Parts that the work folder held already are not in these; all of them: nothing. Commits: abc.
+Cost: 6 runs, 6.0 minutes of processor time, 12.0 minutes by the clock, on a Z80, 1 thread(s), torch 9. \
+Parts that the work folder held already are not in these; all of them: nothing. Commits: abc.
 """
 
 

@@ -36,6 +36,7 @@ from rae.data.image_set import Images
 from rae.data.images import DataConfig, open_images, subset
 from rae.evaluation.frechet import PARTS
 from rae.evaluation.judge import INCEPTION, PRDC_NEIGHBOURS, judge, judge_pairs, left_out
+from rae.evaluation.lpips import LPIPS
 from rae.evaluation.pretrained import load_lpips
 from rae.evaluation.reference import save_reference
 from rae.evaluation.uncertainty import BOUNDS, written
@@ -213,46 +214,60 @@ def evaluate(
         if judged.originals:
             against = against[0], judged.originals.identity
         _check_out(out, subject=(subject, judged.images.identity), reference=against)
-        own = look_at(judged.images, size, look, out / "features", source=subject)
-        whole = _look_at_reference(judged, given, own, look, out / "reference")
-        if not process_state().is_main_process:
-            return None
-        compared = judged.originals or given.images  # None: features from a file
-        subject_about = _about(own, judged.images, judged.without)
-        reference_about = _about(whole, compared, judged.without if judged.originals else 0)
-        if compared and not (given and given.moments):
-            _save(whole, reference_about, look, out / "reference.safetensors")
-        role = role_of(subject, given) if given else UNKNOWN
-        figures, missing = {}, {}
-        if judged.originals:
-            # without broken ones
-            pairs = [subset(half, sorted(own.read)) for half in (judged.originals, judged.images)]
-            pairs = [_cropped(half, size) for half in pairs] if size else pairs
-            figures = judge_pairs(*pairs, distance, batch, process_state().device)
-        drawn = {"pairs": (own.read, whole.read) if judged.originals else None}  # which errors depend on
-        drawn["turns"] = judged.turns
-        for name in look.extractors:
-            figures |= judge(own.sets[name], whole.sets[name], name, **drawn)
-            missing |= left_out(own.sets[name], name, turns=drawn["turns"])
-        found = {
-            "format": FORMAT,
-            "subject": {"kind": judged.kind} | subject_about | {"protocol": judged.protocol},
-            "reference": reference_about | {"role": role},
-            "extractors": {name: extractor.describe() for name, extractor in look.extractors.items()},
-            "figures": {name: figure._asdict() for name, figure in figures.items()},
-            "left_out": {name: figure._asdict() for name, figure in missing.items()},
-            "flags": skipped(subject=subject_about, **({} if judged.originals else {"reference": reference_about}))
-            + flags_of(judged, own, whole, given, role),
-            "made": {
-                "rae": importlib.metadata.version("rae"),
-                "time": datetime.now(UTC).isoformat(timespec="seconds"),
-                "seconds": round(time.perf_counter() - begun, 1),
-            },
-        }
-        with aside(out / EVALUATION) as hidden:
-            hidden.write_text(json.dumps(found, indent=1) + "\n")
-        _print(found, out)
-        return found
+        return _measure(subject, judged, given, look, out, size=size, batch=batch, distance=distance, begun=begun)
+
+
+def _measure(
+    subject: str,
+    judged: Subject,
+    given: Reference | None,
+    look: Look,
+    out: Path,
+    *,
+    size: tuple[int, int] | None,
+    batch: int,
+    distance: LPIPS | None,
+    begun: float,
+) -> dict[str, Any] | None:
+    """Features of both sides, all figures of them, written and printed: what `evaluate` returns."""
+    own = look_at(judged.images, size, look, out / "features", source=subject)
+    whole = _look_at_reference(judged, given, own, look, out / "reference")
+    if not process_state().is_main_process:
+        return None
+    compared = judged.originals or given.images  # None: features from a file
+    subject_about = _about(own, judged.images, judged.without)
+    reference_about = _about(whole, compared, judged.without if judged.originals else 0)
+    if compared and not (given and given.moments):
+        _save(whole, reference_about, look, out / "reference.safetensors")
+    role = role_of(subject, given) if given else UNKNOWN
+    figures, missing = {}, {}
+    if judged.originals:
+        halves = [subset(half, sorted(own.read)) for half in (judged.originals, judged.images)]  # without broken ones
+        halves = [_cropped(half, size) for half in halves] if size else halves
+        figures = judge_pairs(*halves, distance, batch, process_state().device)
+    pairs = (own.read, whole.read) if judged.originals else None
+    for name in look.extractors:
+        figures |= judge(own.sets[name], whole.sets[name], name, pairs=pairs, turns=judged.turns)
+        missing |= left_out(own.sets[name], name, turns=judged.turns)
+    found = {
+        "format": FORMAT,
+        "subject": {"kind": judged.kind} | subject_about | {"protocol": judged.protocol},
+        "reference": reference_about | {"role": role},
+        "extractors": {name: extractor.describe() for name, extractor in look.extractors.items()},
+        "figures": {name: figure._asdict() for name, figure in figures.items()},
+        "left_out": {name: figure._asdict() for name, figure in missing.items()},
+        "flags": skipped(subject=subject_about, **({} if judged.originals else {"reference": reference_about}))
+        + flags_of(judged, own, whole, given, role),
+        "made": {
+            "rae": importlib.metadata.version("rae"),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.perf_counter() - begun, 1),
+        },
+    }
+    with aside(out / EVALUATION) as hidden:
+        hidden.write_text(json.dumps(found, indent=1) + "\n")
+    _print(found, out)
+    return found
 
 
 def _check_count(source: str, count: int, least: int) -> None:
