@@ -43,7 +43,7 @@ def test_whether_classes_took_turns_is_what_the_folder_says(tmp_path, labels, dr
     about = {"labels": labels, "class_names": None} | ({"jobs": jobs} if jobs else {})
     (tmp_path / "samples.json").write_text(json.dumps(about))
     for label in (None, ""):  # classes that are left alone
-        assert open_subject(str(tmp_path), DataConfig(source="", label=label), None).turns == (turns and label is None)
+        assert open_subject(str(tmp_path), DataConfig(source="", label=label), None).turns == turns
 
 
 def test_samples_without_pictures_were_packed_or_are_still_to_come(tmp_path):

@@ -80,7 +80,7 @@ def open_subject(source: str, data: DataConfig, num: int | None) -> Subject:
         images, originals = (each and subset(each, range(num)) for each in (images, originals))
     if originals:
         without = _without(folder, None if num is None else Path(images.names[-1]).name)
-    turns = kind == "samples" and _take_turns(images, protocol)
+    turns = kind == "samples" and _take_turns(protocol, len(images))
     return Subject(kind, source, images, originals, protocol, without, turns)
 
 
@@ -111,10 +111,11 @@ def _labelled(samples: Images, protocol: dict[str, Any], folder: Path) -> Images
     return dataclasses.replace(samples, labels=made, class_names=names)
 
 
-def _take_turns(samples: Images, protocol: dict[str, Any]) -> bool:
+def _take_turns(protocol: dict[str, Any], count: int) -> bool:
     """See `Subject`; of a folder of an earlier version, which does not say whether labels were drawn, by the labels."""
+    labels = protocol.get("labels", [])[:count]  # of what is no folder of `rae sample` nothing is known
     drawn = [job["random_labels"] for job in protocol.get("jobs", []) if "random_labels" in job]
-    return len(set(samples.labels)) > 1 and not any(drawn) if drawn else take_turns(samples.labels)
+    return len(set(labels)) > 1 and not any(drawn) if drawn else take_turns(labels)
 
 
 def _halves(folder: Path) -> tuple[Images, Images]:

@@ -121,7 +121,9 @@ def judge(
     else:
         samples, reference = by_digest(samples), by_digest(reference)
     strata, error_of = None, ""
-    if turns and samples.classes:
+    if turns and not samples.classes:
+        error_of = f"{AS_DRAWN}, for they are left alone"
+    elif turns:
         strata = strata_of(samples.classes.labels)
         error_of = WITHIN if strata is not None else f"{AS_DRAWN}, for of some there is one image"
     rows, known = samples.rows["features"], reference.rows["features"]
