@@ -64,7 +64,8 @@ def judge(results: Results) -> Verdict:
 
 
 def figures(results: Results) -> list[Piece]:
-    titles = {"fd_dino": DINO, "fd_net": NET, "fd_latent": "FD of mean tokens, not decoded"}
+    titles = {"fd_dino": DINO, "fd_net": NET, "fd_dino, tau 0": f"{DINO}, decoder of tau 0"}
+    titles |= {"fd_latent": "FD of mean tokens, not decoded"}
     return by_setting(results, SETTINGS, titles)
 
 
