@@ -879,6 +879,11 @@ def test_a_folder_with_the_evaluation_of_others_is_refused_before_a_model_makes_
         run(*command, real, "--out", out)  # what was removed is made again
         copy = shutil.copytree(real, tmp_path / f"copy of {real.name}", dirs_exist_ok=True)
         run(*command, copy, "--out", out)  # the same images by another name
+        shutil.copy(tmp_path / "out/evaluation.json", out)  # what a model made lies beside the evaluation of others
+        before = sorted(tmp_path.rglob("*"))
+        told = refused(*command, real, "--num", 10, "--out", out)
+        assert f"is of another subject, {sets[0]}, not" in told
+        assert sorted(tmp_path.rglob("*")) == before
 
 
 # --- folders of features

@@ -333,8 +333,9 @@ def _check_made(
 
 def _known_before(subject: str, given: Reference | None, out: Path) -> dict[str, tuple[str, str | None]]:
     """Of either side, for `_check_out`, what is known of it before a model makes its images."""
-    made = MADE.get(saved_kind(subject))
-    new = made is not None and not (out / made).exists()  # in a folder that is there, how they were made is compared
+    made, before = MADE.get(saved_kind(subject)), _read_evaluation(out)
+    # in a folder that is there, how they were made is compared, unless what was judged is something else
+    new = made is not None and (not (out / made).exists() or (before and before["subject"]["kind"] != made))
     known = {"subject": (subject, None)} if new else {}
     if given and made == "reconstructions":  # originals beside these have an identity of their own
         return known | ({"reference": (given.source, None)} if new else {})
@@ -358,18 +359,31 @@ def _check_out(out: Path, **now: tuple[str, str | None]) -> None:
     Raises:
         OutputError: it is one, or nothing says.
     """
+    before = _read_evaluation(out)
+    for side, (source, identity) in now.items() if before else ():
+        was, known = before[side]["source"], before[side]["identity"]
+        if identity != known and Path(source).expanduser().resolve() != Path(was).expanduser().resolve():
+            raise OutputError(
+                f"{out / EVALUATION} is of another {side}, {was}, not {source}; give another folder, or remove it."
+            )
+
+
+def _read_evaluation(out: Path) -> dict[str, Any] | None:
+    """What stands in a folder's evaluation.json of both sides; None where there is none.
+
+    Raises:
+        OutputError: it is damaged.
+    """
     path = out / EVALUATION
     if not path.is_file():
-        return
+        return None
     try:
         found = json.loads(path.read_text())
-        before = {side: (found[side]["source"], found[side]["identity"]) for side in ("subject", "reference")}
+        for side, keys in {"subject": ("source", "identity", "kind"), "reference": ("source", "identity")}.items():
+            [found[side][key] for key in keys]
     except (ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{path} is damaged ({error!r}); remove it, or give another folder.") from error
-    for side, (source, identity) in now.items():
-        was, known = before[side]
-        if identity != known and Path(source).expanduser().resolve() != Path(was).expanduser().resolve():
-            raise OutputError(f"{path} is of another {side}, {was}, not {source}; give another folder, or remove it.")
+    return found
 
 
 def _cropped(images: Images, size: tuple[int, int]) -> Images:
