@@ -100,7 +100,7 @@ STUDY = Study(
     protocol={**world.WORLD, **ingredients.SETTINGS[ingredients.HEAD], "small": SMALL},
     settings=SETTINGS,
     quick={**world.QUICK, "small": {"size": [16, 2, 1], "head": [16, 2, 1], "steps": 2, "keep_at": []}},
-    cost="about 25 min of one core beyond `ingredients`",
+    cost="about 25 min of one core beyond ingredients",
     rule=(
         f"{RULE} Claims: (1) AutoGuidance at 1.5 by the model's own early state is better than no guidance; CFG at (2) "
         "1.5 and (3) 2.5 is better within t <= 0.8 than at all times. Which setting has the least distance is reported "

@@ -58,7 +58,7 @@ STUDY = Study(
     protocol=world.WORLD,
     settings=SETTINGS,
     quick=world.QUICK,
-    cost="about 45 min of one core beyond `ingredients`",
+    cost="about 45 min of one core beyond ingredients",
     rule=(
         f"{RULE} Claims: (1) DiT-DH with a head of 384 is better than the plain DiT of equal "
         "compute; (2) that head is better than one of 288, which is narrower than the tokens; (3) a head "

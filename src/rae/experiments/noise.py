@@ -71,7 +71,7 @@ STUDY = Study(
     protocol={**world.WORLD, **ingredients.SETTINGS[ingredients.HEAD]},
     settings=SETTINGS,
     quick=world.QUICK,
-    cost="about 2 h 10 min of one core beyond `ingredients`: 15 decoders",
+    cost="about 2 h 10 min of one core beyond ingredients: 15 decoders",
     rule=(
         f"{RULE} Claims, for either law: (1, 3) samples are better by the decoder of tau 0.8 than by that of no noise, "
         "(2, 4) and reconstructions worse. Which law is better is reported and decides nothing: the paper compares "

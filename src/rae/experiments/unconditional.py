@@ -48,7 +48,7 @@ STUDY = Study(
     protocol={**world.WORLD, **ingredients.SETTINGS[ingredients.HEAD]},
     settings=SETTINGS,
     quick=world.QUICK,
-    cost="about 20 min of one core beyond `ingredients`",
+    cost="about 20 min of one core beyond ingredients",
     rule=(
         f"{RULE} Claims: (1) AutoGuidance at 1.5 by the model's own early state is better "
         "than none for a model without classes; (2) a model of classes is better than one without, both "

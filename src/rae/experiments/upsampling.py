@@ -76,7 +76,7 @@ STUDY = Study(
     protocol={**world.WORLD, **ingredients.SETTINGS[ingredients.HEAD]},
     settings={DIRECT: {"encoder_size": 56}, UP: {"encoder_size": 28, "shift": 1.25}},  # m is a quarter
     quick=world.QUICK,
-    cost="about 20 min of one core beyond `ingredients`: three decoders, three models",
+    cost="about 20 min of one core beyond ingredients: three decoders, three models",
     rule=(
         f"{RULE} Claims, of reconstructions of held-out images: (1) the direct decoder's have a lower FD, (2) and a "
         "higher PSNR; (3) of those made of a quarter of the tokens, the small network reads no more than a tenth of "
