@@ -187,14 +187,16 @@ def evaluate(
     begun, data = time.perf_counter(), data.model_copy(update={"label": label})
     if file := next((place for place in (out, *out.parents) if place.is_file()), None):
         raise OutputError(f"{file} is a file; give a folder.")
+    if makes := saved_kind(subject) in MADE:  # pictures are written; of others only features and figures are
+        check_outside_data(out, subject)
+        check_outside(out, reference or "")
     sides = read_sides(data, [subject, *([reference] if reference else [])])
     look = Look(open_extractors(features, inception, input_size), data, batch)
     if lpips and not is_pairs(subject):
         raise ConfigError(f"--lpips is of reconstructions and what they are of; {subject} gives none, leave it out.")
     given = open_reference(reference, sides[-1], look) if reference else None
-    if given and saved_kind(subject) in MADE:  # whose images are written; of others only features and figures are
-        check_outside(out, _named(given)[0])
-        check_outside_data(out, subject)
+    if makes and given and given.features:  # whose images only its file names
+        check_outside(out, given.features.about["source"])
     distance = load_lpips(purpose="metric").to(process_state().device) if lpips else None
     if num is not None:
         _check_count(subject, num, LEAST_JUDGED)
